@@ -1,0 +1,67 @@
+"""Structured compression of LLaMA models: low-rank attention and pruned feed-forward blocks.
+
+Importing this package is cheap, and makes transformers load compressed checkpoints: the Auto
+classes learn of them as soon as transformers itself is imported, before or after.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from lorap.families import FAMILIES
+
+if TYPE_CHECKING:
+    from lorap.config import CompressionConfig
+    from lorap.errors import LorapError, UsageError
+    from lorap.evaluation import evaluate_perplexity
+    from lorap.pipeline import compress, compress_checkpoint
+    from lorap.plan import plan_checkpoint
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "compress": "lorap.pipeline",
+    "compress_checkpoint": "lorap.pipeline",
+    "CompressionConfig": "lorap.config",
+    "plan_checkpoint": "lorap.plan",
+    "evaluate_perplexity": "lorap.evaluation",
+    "LorapError": "lorap.errors",
+    "UsageError": "lorap.errors",
+}
+
+__all__ = [
+    "CompressionConfig",
+    "LorapError",
+    "UsageError",
+    "__version__",
+    "compress",
+    "compress_checkpoint",
+    "evaluate_perplexity",
+    "plan_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _import_models(_: ModuleType) -> None:
+    for family in FAMILIES.values():
+        importlib.import_module(family.modeling_module)
+
+
+# Two steps, since either module may be the first one imported: the classes are registered once
+# their module is complete, and transformers only causes it to be imported.
+for _family in FAMILIES.values():
+    wrapt.register_post_import_hook(_family.register, _family.modeling_module)
+wrapt.register_post_import_hook(_import_models, "transformers")

@@ -1,0 +1,23 @@
+"""Data for calibration and evaluation: reading a source, and choosing samples from it."""
+
+from lorap.data.calibration import Calibration, calibration_from_ids, load_calibration
+from lorap.data.sources import (
+    NAMED_SOURCES,
+    HubSource,
+    NamedSource,
+    TextRows,
+    TokenIds,
+    read_source,
+)
+
+__all__ = [
+    "NAMED_SOURCES",
+    "Calibration",
+    "HubSource",
+    "NamedSource",
+    "TextRows",
+    "TokenIds",
+    "calibration_from_ids",
+    "load_calibration",
+    "read_source",
+]

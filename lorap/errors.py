@@ -1,0 +1,9 @@
+"""The two kinds of failure that a user meets; everything else is a defect of lorap."""
+
+
+class LorapError(Exception):
+    """A failure that the user can act on. The command line prints it and exits with status 1."""
+
+
+class UsageError(LorapError):
+    """An argument, option, path or file that cannot be used. The command line exits with 2."""

@@ -1,0 +1,101 @@
+"""Importance of weights, channels and groups: Eq. (1), (2), (8) to (10); Sections 2.2 to 3.3."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from lorap.ops.precision import compute_dtype
+
+Aggregation = Literal["mean", "l1", "l2", "linf"]
+
+
+def weight_importance(weight: Tensor, norms: Tensor) -> Tensor:
+    """Eq. (1): magnitude of each weight times the norm of its input feature.
+
+    Parameters
+    ----------
+    weight : (d_out, d_in)
+        Any floating dtype.
+    norms : (d_in,)
+        ``feature_norms`` of the linear's input.
+
+    Returns
+    -------
+    (d_out, d_in)
+        In ``compute_dtype(weight)``.
+
+    Notes
+    -----
+    SPEC: ``importance.weight``.
+    """
+    dtype = compute_dtype(weight)
+    return weight.to(dtype).abs() * norms.to(dtype)
+
+
+def channel_importance(scores: Tensor, axis: int, aggregation: Aggregation = "l2") -> Tensor:
+    """Eq. (8), and Eq. (2) for ``mean``: the scores of a channel's weights put together.
+
+    Parameters
+    ----------
+    scores : (d_out, d_in)
+        ``weight_importance`` of a matrix.
+    axis : {0, 1}
+        The axis summed over: 1 scores the rows (output channels of up and gate), 0 the columns
+        (input channels of down).
+    aggregation : {"mean", "l1", "l2", "linf"}
+        Eq. (2), or a norm; Eq. (8) and the default is ``l2``.
+
+    Returns
+    -------
+    (d_out,) or (d_in,) float64
+
+    Notes
+    -----
+    SPEC: ``importance.channel``, ``precision.statistics``: sums are taken in float64.
+    """
+    if aggregation == "linf":
+        return scores.double().amax(dim=axis)
+    wide = scores.double()
+    if aggregation == "mean":
+        return wide.mean(dim=axis)
+    if aggregation == "l1":
+        return wide.sum(dim=axis)
+    return wide.square().sum(dim=axis).sqrt()
+
+
+def group_importance(
+    up: Tensor,
+    gate: Tensor,
+    down: Tensor,
+    ffn_norms: Tensor,
+    down_norms: Tensor,
+    aggregation: Aggregation = "l2",
+) -> Tensor:
+    """Eq. (9) and (10): scores of a channel's row of up, row of gate and column of down, added.
+
+    Parameters
+    ----------
+    up, gate : (width, d)
+        Row i belongs to channel i.
+    down : (d, width)
+        Column i belongs to channel i.
+    ffn_norms : (d,)
+        ``feature_norms`` of the input of up and gate.
+    down_norms : (width,)
+        ``feature_norms`` of down's own input, the channels themselves.
+    aggregation : {"mean", "l1", "l2", "linf"}
+        As in ``channel_importance``.
+
+    Returns
+    -------
+    (width,) float64
+
+    Notes
+    -----
+    SPEC: ``importance.group``.
+    """
+    return (
+        channel_importance(weight_importance(up, ffn_norms), 1, aggregation)
+        + channel_importance(weight_importance(gate, ffn_norms), 1, aggregation)
+        + channel_importance(weight_importance(down, down_norms), 0, aggregation)
+    )

@@ -1,0 +1,80 @@
+"""``lorap_report.json``: what was asked, what was done, and how well it went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lorap.config import CompressionConfig
+from lorap.data.calibration import Calibration
+from lorap.plan import Plan
+from lorap.runtime import peak_memory, versions
+
+REPORT_FILE = "lorap_report.json"
+CALIBRATION_FILE = "lorap_calibration.safetensors"
+FORMAT_VERSION = 1
+
+
+def make_report(
+    *,
+    model: str,
+    revision: str | None,
+    config: CompressionConfig,
+    plan: Plan,
+    calibration: Calibration,
+    layers: Sequence[tuple[Mapping[str, Any], float]],
+    device: torch.device,
+    seconds: float,
+    command: str,
+) -> dict[str, Any]:
+    """Put the report of a compression together.
+
+    Parameters
+    ----------
+    model : str
+        As the user named it.
+    revision : str or None
+        Of a model on the hub.
+    config : CompressionConfig
+    plan : Plan
+    calibration : Calibration
+    layers : sequence of (modules, seconds)
+        One pair per decoder layer, as in ``pipeline.LayerResult``.
+    device : torch.device
+        Where it was computed.
+    seconds : float
+        Wall time in all.
+    command : str
+        What was run.
+
+    Returns
+    -------
+    dict
+        Plain values, ready for JSON.
+    """
+    samples, seqlen = calibration.input_ids.shape
+    planned = plan.to_dict()
+    del planned["layers"]
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": model,
+        "revision": revision,
+        **planned,
+        "settings": config.to_dict(),
+        "calibration": {
+            "source": calibration.source,
+            "samples": samples,
+            "seqlen": seqlen,
+            "seed": config.seed,
+            "fingerprint": calibration.fingerprint,
+            "file": CALIBRATION_FILE,
+        },
+        "layers": [{"seconds": spent, "modules": dict(modules)} for modules, spent in layers],
+        "device": str(device),
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory(device),
+        "versions": versions(),
+        "command": command,
+    }
