@@ -228,7 +228,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
     settings = {key: value for key, value in content.items() if key in settings_keys}
     if "sublayers" in settings:
-        settings["sublayers"] = _sublayers(settings["sublayers"])
+        settings["sublayers"] = parse_sublayers(settings["sublayers"])
     if "overrides" in settings:
         settings["overrides"] = _overrides(path, settings["overrides"])
     run = {key: value for key, value in content.items() if key in RUN_OPTIONS}
@@ -256,7 +256,14 @@ def _overrides(path: str | Path, value: object) -> tuple[Override, ...]:
     return tuple(overrides)
 
 
-def _sublayers(value: object) -> tuple[str, ...]:
+def parse_sublayers(value: object) -> tuple[str, ...]:
+    """Return the sub-layers that a text such as ``mha,ffn`` or a list names, not yet checked.
+
+    Raises
+    ------
+    UsageError
+        If it is neither.
+    """
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
     if isinstance(value, list) and all(isinstance(part, str) for part in value):

@@ -1,6 +1,5 @@
 """Perplexity by the paper's protocol (experiment settings of the paper)."""
 
-import importlib.metadata
 import math
 import os
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import Tensor
 from lorap.data.calibration import check_sequence_length, check_vocabulary, tokenize
 from lorap.data.sources import TextRows, TokenIds, read_source
 from lorap.errors import LorapError, UsageError
+from lorap.runtime import choose_device, choose_dtype, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -362,8 +362,8 @@ def evaluate_perplexity(
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"the batch size must be at least 1, got {batch_size}")
     check_sequence_length(seqlen, 2, None)
-    torch_device = _choose_device(device)
-    torch_dtype = _choose_dtype(dtype)
+    torch_device = choose_device(device)
+    torch_dtype = choose_dtype(dtype)
 
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -403,45 +403,5 @@ def evaluate_perplexity(
         split=protocol.split,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(torch_device),
-        versions=_versions(with_datasets=protocol.split is not None),
+        versions=versions(["datasets"] if protocol.split is not None else []),
     )
-
-
-def _choose_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"{device!r} is not a device; expected auto, cpu or cuda") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"the device {device!r} was asked for, but there is no CUDA device")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"the device {device!r} was asked for, but there are {torch.cuda.device_count()} CUDA "
-            "devices"
-        )
-    return chosen
-
-
-def _choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
-        raise UsageError(
-            f"{dtype!r} is not a floating-point type; expected float32, bfloat16, float16 or "
-            "float64"
-        )
-    return chosen
-
-
-def _versions(*, with_datasets: bool) -> dict[str, str]:
-    packages = ["lorap", "torch", "transformers"] + ["datasets"] * with_datasets
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed as a package"
-    return versions

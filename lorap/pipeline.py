@@ -133,7 +133,7 @@ def compress(
         chosen.input_ids,
         mask=attention_mask,
         device=device,
-        dtype=choose_dtype(config.dtype, model.dtype),
+        dtype=choose_dtype(config.dtype) or model.dtype,
     ):
         for name, tensor in layer.tensors.items():
             compressed[f"{prefix}{layer.index}.{name}"] = tensor.to(model.device)
@@ -223,7 +223,7 @@ def compress_checkpoint(
             lambda index: reader.load(f"{prefix}{index}."),
             chosen.input_ids,
             device=device,
-            dtype=choose_dtype(config.dtype, reader.dtype),
+            dtype=choose_dtype(config.dtype) or reader.dtype,
         ):
             writer.write_shard(
                 {f"{prefix}{layer.index}.{name}": t for name, t in layer.tensors.items()}
@@ -405,7 +405,7 @@ def _embed(
 
 
 def _make_rotary_(base: Any, device: torch.device) -> None:
-    """Compute the rotary frequencies of a model built on the meta device; no checkpoint has them."""
+    """Compute the rotary frequencies of a model built on the meta device: it has none."""
     with torch.device(device):
         base.rotary_emb = type(base.rotary_emb)(config=base.config)
 

@@ -38,23 +38,30 @@ def choose_device(device: str) -> torch.device:
         raise UsageError(f"device {device!r}: expected auto, cpu or cuda") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {device!r}: there is no CUDA device here; use cpu or auto")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {device!r}: the last CUDA device here is cuda:{torch.cuda.device_count() - 1}"
+        )
     return chosen
 
 
-def choose_dtype(name: str | None, default: torch.dtype) -> torch.dtype:
-    """Return the dtype called `name`, or `default` for None.
+def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype of that name; None stays None, for the checkpoint's own.
 
     Raises
     ------
     UsageError
         If it is not a floating-point dtype of torch.
     """
-    if name is None:
-        return default
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError(f"dtype {name!r}: expected float64, float32, bfloat16 or float16")
-    return dtype
+    if dtype is None:
+        return None
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise UsageError(
+            f"dtype {dtype!r}: expected a floating-point type: float64, float32, bfloat16 or "
+            "float16"
+        )
+    return chosen
 
 
 def versions(extra: Sequence[str] = ()) -> dict[str, str]:

@@ -85,8 +85,8 @@ def mha_ranks(
 
     v and o weigh ``a``, q and k weigh 1. With ``N`` the dense parameters of all and ``W`` their
     weighted sum, matrix m is due ``p * b_m * (w_m * N / W)`` ranks, b_m its break-even rank. Those
-    due b_m or more stay dense; the rest of the budget, ``p * N`` less what the dense ones hold, goes
-    to the others by the same weights, until none is due its b_m any more.
+    due b_m or more stay dense; the rest of the budget, ``p * N`` less what the dense ones hold,
+    goes to the others by the same weights, until none is due its b_m any more.
 
     Parameters
     ----------

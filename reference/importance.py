@@ -1,4 +1,4 @@
-"""Importance of weights, channels and groups: Eq. (1), (2), (8), (9), (10); Sections 2.2, 2.3, 3.3."""
+"""Importance of weights, channels and groups: Eq. (1), (2), (8) to (10); Sections 2.2 to 3.3."""
 
 from typing import Literal
 

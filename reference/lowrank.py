@@ -148,11 +148,13 @@ def awsvd(W: Array, scale: Array, r: int) -> tuple[Array, Array, Array]:
     rho = min(r, numerical_rank(S, W.shape))
     L[:, :rho] = U[:, :rho]
     if rho < r:
-        rest = W - L @ (L.T @ W)
-        U_rest, S_rest, _ = linalg.svd(rest, full_matrices=False)
+        # W - U U^T W in a basis of the complement of U: its singular vectors stay orthogonal to U
+        # however small it is.
+        B = linalg.qr(U[:, :rho])[0][:, rho:]
+        U_rest, S_rest, _ = linalg.svd(B.T @ W, full_matrices=False)
         floor = max(W.shape) * np.finfo(np.float64).eps * float(np.linalg.norm(W))
         extra = min(r - rho, int(np.sum(S_rest > floor)))
-        L[:, rho : rho + extra] = U_rest[:, :extra]
+        L[:, rho : rho + extra] = B @ U_rest[:, :extra]
     return L, L.T @ W, S
 
 
@@ -168,7 +170,8 @@ def numerical_rank(S: Array, shape: tuple[int, int]) -> int:
     """
     if S.size == 0:
         return 0
-    return int(np.sum(S > max(shape) * np.finfo(np.float64).eps * S[0]))
+    floor = max(shape) * np.finfo(np.float64).eps * S[0]
+    return int(np.sum(floor < S))
 
 
 def retained_energy(S: Array, r: int) -> float:

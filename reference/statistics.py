@@ -1,7 +1,7 @@
 """Statistics of a linear's input: Eq. (5), Section 3.2.
 
 Notation (SPEC.md, "Notation"): ``X`` holds one token per row and one input feature per column, so
-``X[:, j]`` is the paper's ``X_j``, the j-th feature over the ``N * L`` tokens of the calibration set.
+``X[:, j]`` is the paper's ``X_j``, the j-th feature over the ``N * L`` calibration tokens.
 """
 
 import numpy as np
@@ -45,7 +45,7 @@ def feature_norms(X: Array) -> Array:
 
     Notes
     -----
-    SPEC: ``stats.norm``. The authors' code divides by ``sqrt(N)``; a common factor changes neither a
-    ranking nor a low-rank product (``stats.scale``).
+    SPEC: ``stats.norm``. The authors' code divides by ``sqrt(N)``; a common factor changes no
+    ranking and no low-rank product (``stats.scale``).
     """
     return np.sqrt(sum_of_squares(X))

@@ -134,11 +134,13 @@ def awsvd(weight: Tensor, scale: Tensor, rank: int) -> tuple[Tensor, Tensor, Ten
     found = min(rank, numerical_rank(s, (weight.shape[0], weight.shape[1])))
     if found < rank:
         left[:, found:] = 0
-        rest = weight - left @ (left.T @ weight)
-        u_rest, s_rest, _ = torch.linalg.svd(rest, full_matrices=False)
+        # The remainder in a basis of the complement of u: its singular vectors stay orthogonal to u
+        # however small it is.
+        basis = torch.linalg.qr(u[:, :found], mode="complete").Q[:, found:]
+        u_rest, s_rest, _ = torch.linalg.svd(basis.T @ weight, full_matrices=False)
         floor = max(weight.shape) * torch.finfo(dtype).eps * torch.linalg.norm(weight)
         extra = min(rank - found, int((s_rest > floor).sum()))
-        left[:, found : found + extra] = u_rest[:, :extra]
+        left[:, found : found + extra] = basis @ u_rest[:, :extra]
     return left, left.T @ weight, s
 
 

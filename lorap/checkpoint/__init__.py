@@ -1,0 +1,18 @@
+"""Reading the original checkpoint and writing the compressed one."""
+
+from lorap.checkpoint.card import model_card
+from lorap.checkpoint.files import CARD, REPORT
+from lorap.checkpoint.reader import CheckpointReader, StoredTensor, open_checkpoint, read_config
+from lorap.checkpoint.writer import CheckpointWriter, check_output
+
+__all__ = [
+    "CARD",
+    "REPORT",
+    "CheckpointReader",
+    "CheckpointWriter",
+    "StoredTensor",
+    "check_output",
+    "model_card",
+    "open_checkpoint",
+    "read_config",
+]

@@ -1,0 +1,109 @@
+"""The model card of a compressed checkpoint."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorap.checkpoint.files import REPORT
+
+# Fields of the original's card that hold for the compressed model as well.
+_INHERITED = ("license", "license_name", "license_link", "language")
+
+
+def model_card(report: Mapping[str, Any], *, name: str, original: Path | None = None) -> str:
+    """Return the README.md of a compressed checkpoint.
+
+    Parameters
+    ----------
+    report : mapping
+        The contents of ``lorap_report.json``.
+    name : str
+        The model's name, for the title: that of the output folder.
+    original : Path, optional
+        Folder of the original checkpoint, whose own card gives licence and language.
+
+    Returns
+    -------
+    str
+        Markdown with a YAML front matter.
+    """
+    before, after = report["parameters"]["before"], report["parameters"]["after"]
+    calibration = report["calibration"]
+    front = {
+        **_inherited(original),
+        "base_model": str(report["model"]),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lorap", "pruning", "low-rank"],
+    }
+    tokens = f"{calibration['samples']} x {calibration['seqlen']} tokens"
+    of_what = "all parameters" if report["ratio_scope"] == "model" else "each layer's parameters"
+    versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
+---
+
+# {name}
+
+{report["model"]}, made smaller with lorap: the attention projections are products of two thin
+matrices (activation-weighted SVD), and the feed-forward blocks keep their most important channels.
+
+| | |
+|---|---|
+| ratio asked | {report["ratio"]:.2%} of {of_what} |
+| ratio achieved | {report["achieved_ratio"]:.2%} |
+| layer ratio | {report["layer_ratio"]:.2%} |
+| parameters | {after:,} of {before:,} |
+| calibration | {tokens} of {calibration["source"]} |
+
+`{REPORT}` holds rank, width and error of every module.
+
+## Use
+
+With lorap installed:
+
+```python
+import lorap
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/{name}")
+tokenizer = AutoTokenizer.from_pretrained("path/to/{name}")
+```
+
+Without it, `from_pretrained(..., trust_remote_code=True)` loads the classes from
+`modeling_lorap_llama.py` in this folder; the file imports torch and transformers only.
+
+## How it was made
+
+```
+{_command(report["command"])}
+```
+
+Calibration ids: sha256 `{calibration["fingerprint"]}`. Versions: {versions}.
+"""
+
+
+def _inherited(original: Path | None) -> dict[str, Any]:
+    """Return the fields of the original's card that still hold; none where it cannot be read."""
+    card = None if original is None else original / "README.md"
+    if card is None or not card.is_file():
+        return {}
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    if not isinstance(front, dict):
+        return {}
+    return {key: front[key] for key in _INHERITED if key in front}
+
+
+def _command(command: str | Sequence[str]) -> str:
+    return command if isinstance(command, str) else shlex.join(command)

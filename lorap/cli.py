@@ -1,0 +1,675 @@
+"""The command ``lorap``.
+
+The heavy packages (torch, transformers, numpy) are imported inside the commands: help is immediate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import lorap
+from lorap.errors import LorapError, UsageError
+
+if TYPE_CHECKING:
+    from lorap.config import CompressionConfig
+    from lorap.demo import DemoResult
+    from lorap.evaluation import PerplexityReport
+    from lorap.plan import LayerPlan, ModulePlan, Plan
+
+SECONDS_BETWEEN_LINES = 2.0
+"""Least time between two lines of progress where stderr is not a terminal."""
+
+ARGUMENTS = "lorap.arguments"
+"""Key under which a context holds the words of the command line."""
+
+
+class _Commands(TyperGroup):
+    """The commands, with one place that turns errors into messages and exit statuses."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = tuple(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            _fail(str(error), 2)
+        except LorapError as error:
+            _fail(str(error), 1)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing that was begun is left behind", 130)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _fail(str(error), 1)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            _fail(f"out of memory; a smaller --batch-size needs less: {error}", 1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # The name, since torch may not have been imported; its CPU allocator has no error of its own.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _fail(message: str, status: int) -> None:
+    typer.echo(f"lorap: {message}", err=True)
+    raise typer.Exit(status)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Make LLaMA models smaller: low-rank attention and pruned feed-forward blocks (LoRAP).",
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback that is shown is a defect of lorap, and is wanted as it is.
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="lorap")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lorap {lorap.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+# Options take None for "not given", since a recipe comes between the command line and the defaults.
+
+_Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Model folder, or name on the Hugging Face Hub."),
+]
+_Ratio = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of parameters to remove, above 0 and below 1: 0.2 leaves 80%. Must be given, "
+        "here or in the recipe.",
+    ),
+]
+_RatioScope = Annotated[
+    str | None,
+    typer.Option(
+        metavar="model|layer",
+        help="What the ratio is a share of. model: all parameters of the model, embeddings and "
+        "head included. layer: the weights of the decoder layers that are compressed; it removes "
+        "less of the whole.",
+        show_default="model",
+    ),
+]
+_Allocation = Annotated[
+    float | None,
+    typer.Option(
+        help="Parameters that the factors of v and o get for each one that those of q and k get.",
+        show_default="3",
+    ),
+]
+_LeastImportant = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the feed-forward channels that is kept from the low end of the scores.",
+        show_default="0.01",
+    ),
+]
+_Sublayers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="mha,ffn",
+        help="Sub-layers to compress: attention (mha), feed-forward (ffn), or both.",
+        show_default="mha,ffn",
+    ),
+]
+_RecipeFile = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="RECIPE",
+        help="YAML file with any of the options of compress, and overrides per layer or module. "
+        "Options on the command line win over it.",
+    ),
+]
+_Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a model on the hub.", show_default="main"),
+]
+_Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")
+]
+
+_SOURCE = (
+    "A named set (bookcorpus, c4, wikitext2, ptb); owner/name:split:field on the hub; a .txt, "
+    ".jsonl or .parquet file; or a .npy or .safetensors file of token ids of shape (N, L)."
+)
+
+
+@app.command()
+def plan(
+    ctx: typer.Context,
+    model: _Model,
+    ratio: _Ratio = None,
+    ratio_scope: _RatioScope = None,
+    allocation: _Allocation = None,
+    least_important: _LeastImportant = None,
+    sublayers: _Sublayers = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the sequence that MACs are counted for.", show_default="128"),
+    ] = None,
+    config: _RecipeFile = None,
+    revision: _Revision = None,
+    as_json: _Json = False,
+) -> None:
+    """Show the ranks, widths and sizes that a ratio gives.
+
+    Parameters and MACs before and after, per module and in all, from the model's configuration
+    alone: no weights are read.
+    """
+    settings, run = _settings(ctx)
+    _quieten()
+    made = lorap.plan_checkpoint(model, settings, revision=run.get("revision"))
+    if as_json:
+        _print_json(made.to_dict())
+    else:
+        _print_plan(made)
+
+
+@app.command()
+def compress(
+    ctx: typer.Context,
+    model: _Model,
+    ratio: _Ratio = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for the compressed model; it appears when it is whole. Must be given, "
+            "here or in the recipe.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help=f"Calibration data. {_SOURCE} Text is cut at random into samples, without a BOS "
+            "token; ids are taken as they are. Must be given, here or in the recipe.",
+        ),
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(
+            help="Field of a .jsonl or .parquet file.", show_default="text, else messages"
+        ),
+    ] = None,
+    ratio_scope: _RatioScope = None,
+    allocation: _Allocation = None,
+    least_important: _LeastImportant = None,
+    aggregation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="l1|l2|linf",
+            help="Norm that puts the scores of a channel's weights together.",
+            show_default="l2",
+        ),
+    ] = None,
+    weighting: Annotated[
+        str | None,
+        typer.Option(
+            metavar="eq7|eq6",
+            help="Weight of an input feature's squared errors in the low-rank fit: the square of "
+            "its norm (Eq. 7 of the paper) or the norm (Eq. 6 as printed).",
+            show_default="eq7",
+        ),
+    ] = None,
+    sublayers: _Sublayers = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration samples.", show_default="128")
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens in each sample.", show_default="128")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the choice of samples.", show_default="0")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Samples in one forward.", show_default="about 8192 tokens"),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|cpu|cuda",
+            help="Where to compute; auto takes the GPU where there is one.",
+            show_default="auto",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="float64, float32, bfloat16 or float16, for the forwards. Decompositions use at "
+            "least float32; the output keeps the checkpoint's own.",
+            show_default="the checkpoint's own",
+        ),
+    ] = None,
+    revision: _Revision = None,
+    config: _RecipeFile = None,
+    allow_bin: Annotated[
+        bool | None,
+        typer.Option(
+            help="Read pickled .bin weights where there are no others, tensors only.",
+            show_default="no",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool | None,
+        typer.Option(
+            help="Replace an output folder that an earlier compression wrote.", show_default="no"
+        ),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Compress a model into a folder.
+
+    The folder loads with transformers, and holds a report of what was done.
+
+    For example: lorap compress MODEL --ratio 0.2 --output small --calibration c4
+    """
+    settings, run = _settings(ctx)
+    for name, meaning in (("output", "a folder to write"), ("calibration", "a source of data")):
+        if name not in run:
+            raise UsageError(
+                f"{name}: expected {meaning}, got none; give --{name}, or {name} in the recipe"
+            )
+    _quieten()
+    with _stdout_kept(as_json), _progress("layers") as progress:
+        report = lorap.compress_checkpoint(
+            model,
+            config=settings,
+            **run,
+            command=shlex.join(["lorap", *ctx.meta[ARGUMENTS]]),
+            progress=progress,
+        )
+    if as_json:
+        _print_json(report)
+    else:
+        _print_summary(report, run["output"])
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR", help="A compressed model's folder, or any model folder or hub name."
+        ),
+    ],
+    perplexity: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help=f"Data to take the perplexity on. {_SOURCE} Rows of text are joined with two "
+            "newlines and tokenised once, with the tokenizer's default special tokens (one BOS "
+            "for LLaMA).",
+        ),
+    ],
+    seqlen: Annotated[
+        int, typer.Option(help="Tokens in a chunk: 128 in the paper, 2048 elsewhere.")
+    ] = 128,
+    field: Annotated[
+        str | None,
+        typer.Option(
+            help="Field of a .jsonl or .parquet file.", show_default="text, else messages"
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Chunks in one forward.", show_default="about 4096 tokens")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda", help="auto takes the GPU where there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="float64, float32, bfloat16 or float16.",
+            show_default="the checkpoint's own",
+        ),
+    ] = None,
+    revision: _Revision = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run modeling code that the folder brings along. Models that lorap compressed do "
+            "not need it here.",
+        ),
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Take a model's perplexity.
+
+    By the paper's protocol: non-overlapping chunks, the tail dropped. Printed with the protocol,
+    split, length, tokens and versions.
+    """
+    _quieten()
+    with _stdout_kept(as_json), _progress("chunks") as progress:
+        report = lorap.evaluate_perplexity(
+            model,
+            perplexity,
+            seqlen=seqlen,
+            device=device,
+            dtype=dtype,
+            field=field,
+            batch_size=batch_size,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _print_perplexity(report)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder for the compressed model.")
+    ] = "demo-output",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier compression wrote.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Compress the embedded tiny model, and compare.
+
+    By 20%, with the embedded calibration text; the result is reloaded with transformers. Needs no
+    network.
+    """
+    _quieten()
+    with _stdout_kept(as_json), _progress("layers") as progress:
+        from lorap.demo import run_demo
+
+        result = run_demo(output, overwrite=overwrite, progress=progress)
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+    else:
+        _print_demo(result)
+
+
+def _settings(ctx: typer.Context) -> tuple[CompressionConfig, dict[str, Any]]:
+    """Return the settings of the compression and of the run: options, else recipe, else defaults.
+
+    Raises
+    ------
+    UsageError
+        If a value is out of range, or the recipe cannot be used.
+    """
+    from lorap.config import RUN_OPTIONS, CompressionConfig, load_recipe, parse_sublayers
+
+    given = {name: value for name, value in ctx.params.items() if value is not None}
+    if "sublayers" in given:
+        given["sublayers"] = parse_sublayers(given["sublayers"])
+    recipe = load_recipe(given["config"]) if "config" in given else None
+    fields = {field.name for field in dataclasses.fields(CompressionConfig)}
+    settings = {
+        **(recipe.settings if recipe else {}),
+        **{name: value for name, value in given.items() if name in fields},
+    }
+    run = {
+        **(recipe.run if recipe else {}),
+        **{name: value for name, value in given.items() if name in RUN_OPTIONS},
+    }
+    return CompressionConfig(**settings), run
+
+
+def _quieten() -> None:
+    """Keep transformers' messages and bars out of the output: errors arrive as exceptions."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _stdout_kept(needed: bool) -> contextlib.AbstractContextManager[Any]:
+    """Send to stderr what others print, such as code that a model brings along."""
+    return contextlib.redirect_stdout(sys.stderr) if needed else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Show progress on stderr: a bar on a terminal, else a line now and then.
+
+    Yields
+    ------
+    callable
+        Takes the number done and the number in all.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _line_printer(unit)
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+    )
+    with bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda done, total: bar.update(task, description=unit, completed=done, total=total)
+
+
+def _line_printer(unit: str) -> Callable[[int, int], None]:
+    started = last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done < total and now - last < SECONDS_BETWEEN_LINES:
+            return
+        last = now
+        elapsed = now - started
+        line = f"{done} of {total} {unit}, {_duration(elapsed)} elapsed"
+        if done < total:
+            line += f", about {_duration(elapsed / done * (total - done))} left"
+        typer.echo(line, err=True)
+
+    return show
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _print_plan(plan: Plan) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layers")
+    table.add_column("module", no_wrap=True)
+    table.add_column("becomes", no_wrap=True)
+    for heading in ("parameters", "before", "MACs", "before"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layers, modules in _groups(plan.layers):
+        for index, (name, module) in enumerate(modules.items()):
+            table.add_row(
+                layers if index == 0 else "",
+                name,
+                _becomes(module),
+                f"{module.parameters:,}",
+                f"{module.parameters_before:,}",
+                _short(module.macs),
+                _short(module.macs_before),
+                end_section=index == len(modules) - 1,
+            )
+    # A file has no width, and a narrow table would be cut.
+    console = Console()
+    if not console.is_terminal:
+        console.width = 100
+    console.print(table)
+    scope = "all parameters" if plan.ratio_scope == "model" else "the layers' parameters"
+    asked = "none asked" if plan.ratio is None else f"{plan.ratio:.2%} of {scope} asked"
+    typer.echo(f"ratio       {plan.achieved_ratio:.2%} of all parameters removed; {asked}")
+    if plan.layer_ratio is not None:
+        typer.echo(f"layer ratio {plan.layer_ratio:.6g}")
+    typer.echo(f"parameters  {plan.parameters_before:,} -> {plan.parameters:,}")
+    typer.echo(
+        f"MACs        {_short(plan.macs_before)} -> {_short(plan.macs)} "
+        f"for one sequence of {plan.tokens} tokens"
+    )
+
+
+def _groups(layers: Sequence[LayerPlan]) -> list[tuple[str, LayerPlan]]:
+    """Return the different layer plans, each with the layers it is for, such as ``0-3, 31``."""
+    members: list[tuple[LayerPlan, list[int]]] = []
+    for index, layer in enumerate(layers):
+        for known, indices in members:
+            if known == layer:
+                indices.append(index)
+                break
+        else:
+            members.append((layer, [index]))
+    return [(_spans(indices), layer) for layer, indices in members]
+
+
+def _spans(indices: Sequence[int]) -> str:
+    spans: list[list[int]] = []
+    for index in indices:
+        if spans and spans[-1][1] == index - 1:
+            spans[-1][1] = index
+        else:
+            spans.append([index, index])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def _becomes(module: ModulePlan) -> str:
+    if module.rank is not None:
+        return f"rank {module.rank}"
+    return f"{module.width} channels" if module.kind == "channels" else "as it is"
+
+
+def _print_summary(report: Mapping[str, Any], output: str) -> None:
+    before, after = report["parameters"]["before"], report["parameters"]["after"]
+    peak = ", ".join(
+        f"{size / 2**30:.2f} GiB ({place})" for place, size in report["peak_memory_bytes"].items()
+    )
+    asked = "none asked" if report["ratio"] is None else f"{report['ratio']:.2%} asked"
+    if report["ratio_scope"] == "layer":
+        asked += " of the layers' parameters"
+    calibration = report["calibration"]
+    typer.echo(f"ratio        {report['achieved_ratio']:.2%} of all parameters removed; {asked}")
+    typer.echo(f"parameters   {before:,} -> {after:,}")
+    typer.echo(
+        f"calibration  {calibration['samples']} x {calibration['seqlen']} tokens of "
+        f"{calibration['source']}"
+    )
+    typer.echo(f"time         {_duration(report['seconds'])} on {report['device']}")
+    typer.echo(f"peak memory  {peak}")
+    typer.echo(f"output       {output}")
+    typer.echo(f"\nnext: lorap evaluate {shlex.quote(output)} --perplexity wikitext2")
+
+
+def _print_perplexity(report: PerplexityReport) -> None:
+    split = f", split {report.split}" if report.split else ""
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    typer.echo(f"perplexity  {report.perplexity:.4f}")
+    typer.echo(f"model       {report.model}")
+    typer.echo(f"data        {report.data}{split if split not in report.data else ''}")
+    typer.echo(f"protocol    {report.protocol}")
+    typer.echo(f"length      {report.seqlen} tokens in a chunk")
+    typer.echo(f"tokens      {report.tokens:,} targets in {report.chunks:,} chunks")
+    typer.echo(f"mean loss   {report.mean_nll:.6f} nats per token")
+    typer.echo(f"computed    in {report.dtype} on {report.device}")
+    typer.echo(f"versions    {versions}")
+
+
+def _print_demo(result: DemoResult) -> None:
+    original, compressed = result.original, result.compressed
+    typer.echo(f"{'':12}{'original':>12}{'compressed':>12}")
+    typer.echo(f"{'parameters':12}{original.parameters:>12,}{compressed.parameters:>12,}")
+    typer.echo(f"{'perplexity':12}{original.perplexity:>12.3f}{compressed.perplexity:>12.3f}")
+    typer.echo(
+        f"\n{result.achieved_ratio:.2%} of all parameters removed, {result.ratio:.0%} asked, in "
+        f"{_duration(result.seconds)}"
+    )
+    typer.echo(f"perplexity on {result.tokens:,} held-out tokens: {result.protocol}")
+    for name, side in (("original", original), ("compressed", compressed)):
+        typer.echo(f"\n{name} model, greedy, after {result.prompt!r}:\n  {side.continuation}")
+    typer.echo(f"\nThe compressed model and its report ({result.report}) are in {result.output}")
+
+
+def _short(count: int) -> str:
+    """Return a count with four digits and a unit: 1234567 is 1.235M."""
+    value, units = float(count), iter(("", "k", "M", "G", "T"))
+    unit = next(units)
+    while value >= 999.95 and unit != "T":
+        value, unit = value / 1000, next(units)
+    return f"{value:.4g}{unit}"
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in words: 9.3 s, 75 s is 1 min 15 s, 4000 s is 1 h 7 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(whole / 60)
+    return f"{minutes // 60} h {minutes % 60} min"

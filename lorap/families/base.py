@@ -1,0 +1,169 @@
+"""What the rest of lorap needs to know about one family of models."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+LayerStructure = Mapping[str, Mapping[str, int]]
+"""What a layer's modules become: ``{"self_attn.q_proj": {"rank": 12}, "mlp": {"width": 100}}``."""
+
+# Fields of a configuration that belong to its class or to the file it came from.
+_OWN_FIELDS = frozenset(
+    {"_name_or_path", "architectures", "auto_map", "lorap", "model_type", "transformers_version"}
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of the modules of one model type, and the classes of its compressed form.
+
+    Parameters
+    ----------
+    model_type : str
+        As in the original's ``config.json``; the compressed form is ``lorap_{model_type}``.
+    modeling_module : str
+        Module with the classes of the compressed form, shipped in every checkpoint.
+    class_prefix : str
+        Prefix of these classes: ``Config``, ``Model``, ``ForCausalLM`` and ``DecoderLayer`` follow.
+    attention : mapping
+        Role (``q``, ``k``, ``v``, ``o``) to the module's name in a decoder layer.
+    ffn : mapping
+        Role (``gate``, ``up``, ``down``) to the module's name in a decoder layer.
+    ffn_block : str
+        Name of the feed-forward block in a decoder layer.
+    layers_path : str
+        Prefix of the decoder layers in the names of the checkpoint's tensors.
+    """
+
+    model_type: str
+    modeling_module: str
+    class_prefix: str
+    attention: Mapping[str, str]
+    ffn: Mapping[str, str]
+    ffn_block: str
+    layers_path: str
+
+    @property
+    def compressed_type(self) -> str:
+        """``model_type`` of the compressed form."""
+        return f"lorap_{self.model_type}"
+
+    @property
+    def modeling_file(self) -> Path:
+        """The file that a checkpoint carries."""
+        spec = importlib.util.find_spec(self.modeling_module)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"expected a module {self.modeling_module}")
+        return Path(spec.origin)
+
+    @property
+    def config_class(self) -> type[PretrainedConfig]:
+        """Configuration of the compressed form; with ``lorap=None`` that of the dense one."""
+        found: type[PretrainedConfig] = self._class("Config")
+        return found
+
+    @property
+    def base_class(self) -> type[PreTrainedModel]:
+        """The model without a head."""
+        found: type[PreTrainedModel] = self._class("Model")
+        return found
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        """The model with a language-modelling head."""
+        found: type[PreTrainedModel] = self._class("ForCausalLM")
+        return found
+
+    @property
+    def layer_class(self) -> type[torch.nn.Module]:
+        """A decoder layer, called with ``(config, layer_idx)``."""
+        found: type[torch.nn.Module] = self._class("DecoderLayer")
+        return found
+
+    def compressed_config(
+        self, config: PretrainedConfig, layers: Sequence[LayerStructure] | None
+    ) -> PretrainedConfig:
+        """Return the configuration of the compressed form of a model.
+
+        Parameters
+        ----------
+        config : PretrainedConfig
+            Of the original model; not changed.
+        layers : sequence of mappings, or None
+            One structure per decoder layer; None keeps all modules dense.
+
+        Raises
+        ------
+        ValueError
+            If a rank, width or module name does not fit the model.
+        """
+        values = {
+            name: value
+            for name, value in copy.deepcopy(config.to_dict()).items()
+            if name not in _OWN_FIELDS
+        }
+        structure = None
+        if layers is not None:
+            structure = {
+                "format_version": self._module().FORMAT_VERSION,
+                "layers": [
+                    {name: dict(entry) for name, entry in layer.items()} for layer in layers
+                ],
+            }
+        compressed: PretrainedConfig = self._class("Config")(
+            lorap=structure, attn_implementation=config._attn_implementation, **values
+        )
+        return compressed
+
+    def tensor_shapes(self, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+        """Return name and shape of every tensor that a checkpoint of this configuration holds.
+
+        Parameters
+        ----------
+        config : PretrainedConfig
+            Of the compressed form (``lorap=None``: of the original). Where it ties the embeddings,
+            the head is left out.
+        """
+        import torch
+
+        with torch.device("meta"):
+            model = self.model_class(config)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if config.tie_word_embeddings:
+            del shapes["lm_head.weight"]
+        return shapes
+
+    def register(self, module: ModuleType) -> None:
+        """Make the Auto classes of transformers know the compressed form.
+
+        Parameters
+        ----------
+        module : ModuleType
+            The complete ``modeling_module``, as a post-import hook receives it.
+        """
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+        config_class, base_class, model_class = (
+            getattr(module, self.class_prefix + suffix)
+            for suffix in ("Config", "Model", "ForCausalLM")
+        )
+        AutoConfig.register(self.compressed_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, base_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+
+    def _module(self) -> ModuleType:
+        return importlib.import_module(self.modeling_module)
+
+    def _class(self, suffix: str) -> Any:
+        return getattr(self._module(), self.class_prefix + suffix)

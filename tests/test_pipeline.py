@@ -1,0 +1,299 @@
+"""Algorithm 1 on tiny models: in memory, on disk, and where it must stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import lorap
+from lorap import CompressionConfig, LorapError, UsageError, pipeline
+from lorap.config import Override
+from lorap.ops.statistics import sum_of_squares
+from tests.tiny_models import VARIANTS, save_tiny_checkpoint, tiny_model, token_ids
+
+IDS = token_ids(8, 16)
+
+
+def config(**settings: Any) -> CompressionConfig:
+    values: dict[str, Any] = {"ratio": 0.3, "samples": 8, "seqlen": 16}
+    return CompressionConfig(**(values | settings))
+
+
+@pytest.fixture
+def ids_file(tmp_path: Path) -> str:
+    np.save(tmp_path / "ids.npy", IDS.numpy())
+    return str(tmp_path / "ids.npy")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_memory_disk_and_reload_agree_bit_for_bit(
+    variant: str, dtype: torch.dtype, tmp_path: Path, ids_file: str
+) -> None:
+    original = save_tiny_checkpoint(tmp_path / "model", dtype=dtype, **VARIANTS[variant])
+    report = lorap.compress_checkpoint(
+        tmp_path / "model", tmp_path / "out", config(), calibration=ids_file
+    )
+    in_memory = lorap.compress(original, config(), calibration=IDS)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert reloaded.dtype == dtype
+    expected, got = in_memory.state_dict(), reloaded.state_dict()
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    x = token_ids(2, 9, seed=3)
+    with torch.no_grad():
+        assert torch.equal(in_memory(x).logits, reloaded(x).logits)
+    assert reloaded.num_parameters() == report["parameters"]["after"]
+    assert in_memory.num_parameters() == report["parameters"]["after"]
+
+
+@pytest.mark.parametrize("sublayers", [("mha",), ("ffn",), ("mha", "ffn")])
+def test_what_is_not_compressed_stays_bit_for_bit(sublayers: tuple[str, ...]) -> None:
+    model = tiny_model(**VARIANTS["biased"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    compressed = lorap.compress(model, config(sublayers=sublayers, ratio=0.15), calibration=IDS)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), "the original was changed"
+    new = compressed.state_dict()
+    changed = {
+        name for name in before if name not in new or not torch.equal(before[name], new[name])
+    }
+    assert changed
+    for name in changed:
+        assert ("self_attn" in name and "mha" in sublayers) or (
+            "mlp" in name and "ffn" in sublayers
+        )
+        assert not name.endswith(("o_proj.bias", "down_proj.bias")) or name not in new
+    with torch.no_grad():
+        compressed.model.embed_tokens.weight.zero_()
+    assert torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+
+
+def test_biases_survive_factoring_and_pruning() -> None:
+    model = tiny_model(**VARIANTS["biased"])
+    compressed = lorap.compress(model, config(ratio=0.4), calibration=IDS)
+    old, new = model.model.layers[0], compressed.model.layers[0]
+    assert torch.equal(new.self_attn.q_proj.left.bias, old.self_attn.q_proj.bias)
+    assert torch.equal(new.mlp.down_proj.bias, old.mlp.down_proj.bias)
+    kept = [
+        next(i for i in range(48) if torch.equal(old.mlp.up_proj.weight[i], row))
+        for row in new.mlp.up_proj.weight
+    ]
+    assert kept == sorted(set(kept))
+    assert torch.equal(new.mlp.up_proj.bias, old.mlp.up_proj.bias[kept])
+    assert torch.equal(new.mlp.gate_proj.bias, old.mlp.gate_proj.bias[kept])
+    assert torch.equal(new.mlp.down_proj.weight, old.mlp.down_proj.weight[:, kept])
+
+
+@pytest.mark.spec("stats.padding")
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_never_counts(side: str) -> None:
+    model = tiny_model(**VARIANTS["gqa"])
+    padding = torch.randint(3, 90, (8, 5), generator=torch.Generator().manual_seed(9))
+    blank, full = torch.zeros_like(padding), torch.ones_like(IDS)
+    padded, mask = (
+        (torch.cat([padding, IDS], 1), torch.cat([blank, full], 1))
+        if side == "left"
+        else (torch.cat([IDS, padding], 1), torch.cat([full, blank], 1))
+    )
+    settings = config(dtype="float64", ratio=0.4)
+    expected = lorap.compress(model, settings, calibration=IDS).state_dict()
+    got = lorap.compress(model, settings, calibration=padded, attention_mask=mask).state_dict()
+    counted = lorap.compress(model, settings, calibration=padded).state_dict()
+
+    def product(state: dict[str, torch.Tensor], layer: int) -> torch.Tensor:
+        name = f"model.layers.{layer}.self_attn.k_proj"
+        return state[f"{name}.left.weight"].double() @ state[f"{name}.right.weight"].double()
+
+    # The rotary angles are rounded to float32 and depend on the position, hence not exact.
+    for layer in range(3):
+        torch.testing.assert_close(product(got, layer), product(expected, layer), rtol=0, atol=1e-5)
+    assert torch.equal(
+        got["model.layers.0.mlp.up_proj.weight"], expected["model.layers.0.mlp.up_proj.weight"]
+    )
+    assert (product(counted, 0) - product(expected, 0)).abs().max() > 1e-4
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    with pytest.raises(UsageError, match="attention_mask"):
+        lorap.compress(tiny_model(), config(), calibration=IDS, attention_mask=torch.ones(8, 3))
+
+
+def test_the_batch_size_changes_rounding_at_most() -> None:
+    model = tiny_model()
+    settings = {"dtype": "float64", "ratio": 0.4}
+    whole = lorap.compress(model, config(**settings), calibration=IDS).state_dict()
+    for size in (1, 3):
+        parts = lorap.compress(
+            model, config(batch_size=size, **settings), calibration=IDS
+        ).state_dict()
+        for name in whole:
+            if "mlp" in name:
+                assert torch.equal(whole[name], parts[name])
+
+
+@pytest.mark.spec("algorithm.sequence")
+@pytest.mark.parametrize(
+    ("settings", "per_layer"),
+    [
+        ({"sublayers": ("ffn",)}, 2),
+        ({"sublayers": ("mha",), "ratio": 0.3}, 2),
+        ({"ratio": 0.5, "ratio_scope": "layer"}, 4),
+        # v and o stay dense: only the input of q and k, and those of the feed-forward block.
+        ({"ratio": 0.1, "ratio_scope": "layer"}, 3),
+    ],
+)
+def test_nothing_is_collected_that_the_plan_does_not_need(
+    settings: dict[str, Any], per_layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counting(inputs: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        calls.append(inputs.shape)
+        return sum_of_squares(inputs, mask)
+
+    monkeypatch.setattr(pipeline, "sum_of_squares", counting)
+    lorap.compress(tiny_model(), config(batch_size=4, **settings), calibration=IDS)
+    assert len(calls) == 3 * 2 * per_layer
+
+
+def test_a_skipped_layer_is_run_but_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = pipeline.sum_of_squares
+    monkeypatch.setattr(
+        pipeline, "sum_of_squares", lambda x, mask=None: (seen.append(1), real(x, mask))[1]
+    )
+    settings = config(overrides=(Override("layers.[01]", skip=True),), ratio_scope="layer")
+    model = tiny_model()
+    compressed = lorap.compress(model, settings, calibration=IDS)
+    assert len(seen) == 3
+    state = compressed.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(("model.layers.0.", "model.layers.1.")):
+            assert torch.equal(state[name], tensor)
+
+
+def test_report_and_companions(tmp_path: Path, ids_file: str) -> None:
+    save_tiny_checkpoint(tmp_path / "model", **VARIANTS["gqa"])
+    returned = lorap.compress_checkpoint(
+        tmp_path / "model", tmp_path / "out", config(ratio=0.4), calibration=ids_file
+    )
+    report = json.loads((tmp_path / "out" / "lorap_report.json").read_text())
+    assert report == json.loads(json.dumps(returned))
+    assert report["ratio"] == 0.4
+    assert report["achieved_ratio"] == pytest.approx(0.4, abs=0.03)
+    assert report["calibration"]["source"] == ids_file
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["peak_memory_bytes"]["cpu"] > 1e8
+    stored = load_file(tmp_path / "out" / report["calibration"]["file"])["input_ids"]
+    assert torch.equal(stored, IDS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for index, layer in enumerate(report["layers"]):
+        assert layer["seconds"] > 0
+        for name, module in layer["modules"].items():
+            built = model.model.layers[index].get_submodule(name)
+            assert module["parameters"] == sum(p.numel() for p in built.parameters())
+            if module["kind"] == "low_rank":
+                assert module["rank"] == built.rank
+                # Orthonormal left factors: the kept and the lost energy make up the whole.
+                assert module["relative_weighted_error"] ** 2 == pytest.approx(
+                    1 - module["retained_energy"], abs=1e-5
+                )
+        mlp = layer["modules"]["mlp"]
+        kept = mlp["kept_channels"]
+        assert len(kept) == mlp["width"] == len(set(kept))
+        up = original.model.layers[index].mlp.up_proj.weight
+        assert torch.equal(model.model.layers[index].mlp.up_proj.weight, up[kept])
+        cut = mlp["scores_at_cut"]
+        assert cut["lowest_removed"] <= cut["highest_removed"] <= cut["lowest_of_top"]
+        assert set(mlp["relative_weighted_error"]) == {"gate", "up", "down"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "40.00%" in card
+
+
+def test_a_run_can_be_repeated_from_its_own_calibration_ids(tmp_path: Path, ids_file: str) -> None:
+    save_tiny_checkpoint(tmp_path / "model")
+    lorap.compress_checkpoint(
+        tmp_path / "model", tmp_path / "a", config(seqlen=12, samples=5), calibration=ids_file
+    )
+    lorap.compress_checkpoint(
+        tmp_path / "model",
+        tmp_path / "b",
+        config(seqlen=12, samples=5, seed=7),
+        calibration=str(tmp_path / "a" / "lorap_calibration.safetensors"),
+    )
+    for name in sorted(p.name for p in (tmp_path / "a").glob("model-*.safetensors")):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, ids_file: str) -> None:
+    save_tiny_checkpoint(tmp_path / "model")
+    before = sorted(tmp_path.iterdir())
+
+    def interrupt(done: int, _: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lorap.compress_checkpoint(
+            tmp_path / "model",
+            tmp_path / "out",
+            config(),
+            calibration=ids_file,
+            progress=interrupt,
+        )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.layers.2.input_layernorm.weight",
+        "model.embed_tokens.weight",
+    ],
+)
+def test_weights_that_are_not_finite_are_named(name: str, value: float) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[3] = value
+    with pytest.raises(LorapError, match=name.removeprefix("model.")):
+        lorap.compress(model, config(), calibration=IDS)
+
+
+def test_activations_that_overflow_are_named() -> None:
+    model = tiny_model(dtype=torch.float16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(6e4)
+    with pytest.raises(LorapError, match=r"layers\.1\.mlp\.down_proj: its input holds NaN or inf"):
+        lorap.compress(model, config(), calibration=IDS)
+
+
+@pytest.mark.spec("precision.compute")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_models_compute_their_factors_in_float32(dtype: torch.dtype) -> None:
+    wide = tiny_model()
+    narrow = tiny_model(dtype=dtype)
+    for parameter, source in zip(wide.parameters(), narrow.parameters(), strict=True):
+        parameter.data = source.data.float()
+    settings = config(dtype="float32", ratio=0.4)
+    exact = lorap.compress(wide, settings, calibration=IDS).model.layers[0].self_attn.q_proj
+    rounded = lorap.compress(narrow, settings, calibration=IDS).model.layers[0].self_attn.q_proj
+    # Same statistics, same decomposition: the factors differ by one rounding to storage.
+    assert torch.equal(rounded.left.weight, exact.left.weight.to(dtype))
+    assert torch.equal(rounded.right.weight, exact.right.weight.to(dtype))
+
+
+def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("w1 w2 w3\n" * 50)
+    with pytest.raises(UsageError, match="expected a tokenizer"):
+        lorap.compress(tiny_model(), config(), calibration=str(tmp_path / "text.txt"))

@@ -1,0 +1,136 @@
+"""What ``import lorap`` costs, exports and registers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_config, tiny_structure
+
+import lorap
+from lorap.errors import UsageError
+from lorap.families import FAMILIES, family_of
+from lorap.families.modeling_lorap_llama import LorapLlamaConfig, LorapLlamaForCausalLM
+
+HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub")
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_import_loads_nothing_heavy() -> None:
+    found = run_python(
+        f"import sys, lorap; print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert found == "[]"
+
+
+def test_exports_are_the_table() -> None:
+    assert set(lorap.__all__) == {*lorap._EXPORTS, "__version__"}
+    assert set(lorap.__all__) <= set(dir(lorap))
+    assert lorap.UsageError is UsageError
+    for name, module in lorap._EXPORTS.items():
+        if importlib.util.find_spec(module) is not None:
+            assert getattr(lorap, name).__module__ == module
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'compres'"):
+        lorap.compres  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = FAMILIES["llama"].compressed_config(tiny_config(), tiny_structure())
+    LorapLlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import lorap; from transformers import AutoConfig as auto",
+        "from transformers import AutoModel as auto; import lorap",
+        "import lorap; from transformers.models.llama import LlamaForCausalLM; "
+        "from transformers import AutoModelForCausalLM as auto",
+        "import lorap; from transformers.models.auto.modeling_auto import AutoModel as auto",
+        "import lorap.families.modeling_lorap_llama; from transformers import AutoModel as auto",
+    ],
+)
+def test_auto_classes_load_in_every_order_of_imports(imports: str, checkpoint: Path) -> None:
+    kind = run_python(f"{imports}; print(type(auto.from_pretrained({str(checkpoint)!r})))")
+    assert kind.startswith("<class 'lorap.families.modeling_lorap_llama.LorapLlama")
+
+
+def test_registering_again_changes_nothing() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family = FAMILIES["llama"]
+    family.register(sys.modules[family.modeling_module])
+    config = AutoConfig.for_model("lorap_llama")
+    assert type(config) is LorapLlamaConfig
+    assert AutoModelForCausalLM._model_mapping[LorapLlamaConfig] is LorapLlamaForCausalLM
+
+
+def test_the_family_of_a_llama() -> None:
+    config = tiny_config()
+    assert family_of(config) is FAMILIES["llama"]
+    assert family_of({"model_type": "llama"}) is FAMILIES["llama"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "gpt2"}, "gpt2 is not supported; supported: llama"),
+        ({}, "names no model_type"),
+        ({"model_type": "lorap_llama"}, "compressed already"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
+            r"quantised \(gptq\)",
+        ),
+    ],
+)
+def test_other_models_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        family_of(values)
+
+
+def test_the_names_of_a_family_are_those_of_its_tensors() -> None:
+    family = FAMILIES["llama"]
+    shapes = family.tensor_shapes(family.compressed_config(tiny_config(), None))
+    for module in (*family.attention.values(), *family.ffn.values()):
+        assert f"{family.layers_path}.2.{module}.weight" in shapes
+    assert all(module.startswith(f"{family.ffn_block}.") for module in family.ffn.values())
+    assert family.modeling_file.is_file()
+
+
+def test_the_compressed_configuration_keeps_the_fields_of_the_original() -> None:
+    config = tiny_config(rms_norm_eps=3e-5, attention_bias=True, attn_implementation="eager")
+    before = config.to_dict()
+    compressed = FAMILIES["llama"].compressed_config(config, tiny_structure())
+    assert config.to_dict() == before
+    assert compressed.rms_norm_eps == 3e-5
+    assert compressed._attn_implementation == "eager"
+    after = compressed.to_dict()
+    own = {"auto_map", "lorap", "model_type", "rope_theta", "rope_scaling", "architectures"}
+    assert {key: after[key] for key in before if key not in own} == {
+        key: value for key, value in before.items() if key not in own
+    }
+    structure = tiny_structure()
+    compressed = FAMILIES["llama"].compressed_config(config, structure)
+    structure[0]["mlp"]["width"] = 1
+    assert compressed.lorap["layers"] == tiny_structure()

@@ -1,0 +1,122 @@
+"""Tiny random LLaMAs, their checkpoints, and structures to compress them to."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 96
+WORDS = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(VOCAB_SIZE - 3))]
+
+# A model type per trait of LLaMAs that the code must keep right.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gqa": {"num_key_value_heads": 2},
+    "tied": {"tie_word_embeddings": True, "num_key_value_heads": 2},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "wide_heads": {"head_dim": 16, "num_key_value_heads": 1},
+}
+
+
+def tiny_config(**overrides: Any) -> LlamaConfig:
+    """Return the configuration of a three-layer LLaMA of width 32; any field can be given."""
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,
+    }
+    # Not the default, so that a lost rotary base shows in the logits; spelled for both versions.
+    theta = 500.0
+    if hasattr(LlamaConfig, "rope_parameters"):
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    else:
+        values["rope_theta"] = theta
+    return LlamaConfig(**(values | overrides))
+
+
+def tiny_model(
+    seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> LlamaForCausalLM:
+    """Return a random LLaMA in evaluation mode; biases and norms are random too."""
+    model = LlamaForCausalLM(tiny_config(**overrides))
+    randomise_(model, seed, dtype)
+    return model.eval()
+
+
+def randomise_(model: torch.nn.Module, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    """Fill all parameters at random: those that start as zeros and ones would hide errors.
+
+    Only parameters take the dtype, as in a loaded model: ``model.to`` rounds the rotary table too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            offset = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data = (offset + 0.2 * noise).to(dtype)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of whole words ``w0``, ``w1``, ... with a chat template."""
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    wrapped.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return wrapped
+
+
+def save_tiny_checkpoint(
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    shard_size: str = "50GB",
+    **overrides: Any,
+) -> LlamaForCausalLM:
+    """Write a checkpoint with tokenizer, generation config and licence; return its model."""
+    model = tiny_model(seed, dtype, **overrides)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "LICENSE.txt").write_bytes(b"Terms of the tiny model\r\n")
+    return model
+
+
+def tiny_structure(layers: int = 3) -> list[dict[str, dict[str, int]]]:
+    """Return ranks and widths that differ from layer to layer; the last layer stays dense."""
+    structure: list[dict[str, dict[str, int]]] = [
+        {
+            "self_attn.q_proj": {"rank": 5 + index},
+            "self_attn.k_proj": {"rank": 4},
+            "self_attn.v_proj": {"rank": 7},
+            "self_attn.o_proj": {"rank": 9 - index},
+            "mlp": {"width": 30 + index},
+        }
+        for index in range(layers - 1)
+    ]
+    return [*structure, {}]
+
+
+def token_ids(rows: int = 2, length: int = 11, seed: int = 0) -> Tensor:
+    """Return random ids (rows, length) without special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (rows, length), generator=generator)
