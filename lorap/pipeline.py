@@ -22,6 +22,7 @@ from lorap.errors import LorapError, UsageError
 from lorap.families import Family, family_of
 from lorap.ops.importance import channel_importance, group_importance, weight_importance
 from lorap.ops.lowrank import awsvd, column_scale, retained_energy, weighted_error
+from lorap.ops.precision import compute_dtype
 from lorap.ops.pruning import kept_channels, prune_ffn
 from lorap.ops.statistics import feature_norms, sum_of_squares
 from lorap.plan import LayerPlan, ModulePlan, Plan, make_plan
@@ -467,7 +468,11 @@ def _collect(
         handle.remove()
     for kind, name in needed.items():
         if not torch.isfinite(squares[kind]).all():
-            raise LorapError(f"layers.{index}.{name}: its input holds NaN or inf")
+            dtype = next(layer.parameters()).dtype
+            raise LorapError(
+                f"layers.{index}.{name}: its input holds NaN or inf; computed in {dtype}: a wider "
+                "--dtype may help"
+            )
     return squares
 
 
@@ -511,7 +516,7 @@ def _factor(
     tensors[f"{name}.left.weight"] = left = left.to(weight.dtype).contiguous()
     if f"{name}.bias" in tensors:
         tensors[f"{name}.left.bias"] = tensors.pop(f"{name}.bias")
-    wide = singular_values.dtype
+    wide = compute_dtype(weight)
     stored = left.to(wide) @ right.to(wide)
     return {
         "relative_weighted_error": _relative(

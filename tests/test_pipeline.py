@@ -219,6 +219,22 @@ def test_report_and_companions(tmp_path: Path, ids_file: str) -> None:
     assert "40.00%" in card
 
 
+def test_a_recipe_that_fixes_every_module_needs_no_ratio(tmp_path: Path, ids_file: str) -> None:
+    save_tiny_checkpoint(tmp_path / "model")
+    overrides = (Override("*.self_attn", rank=5), Override("*.mlp", width=31))
+    report = lorap.compress_checkpoint(
+        tmp_path / "model",
+        tmp_path / "out",
+        config(ratio=None, overrides=overrides),
+        calibration=ids_file,
+    )
+    assert report["ratio"] is None
+    for layer in report["layers"]:
+        assert layer["modules"]["self_attn.v_proj"]["rank"] == 5
+        assert layer["modules"]["mlp"]["width"] == 31
+    assert "set by the recipe" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_run_can_be_repeated_from_its_own_calibration_ids(tmp_path: Path, ids_file: str) -> None:
     save_tiny_checkpoint(tmp_path / "model")
     lorap.compress_checkpoint(

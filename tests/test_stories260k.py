@@ -53,7 +53,8 @@ def test_compress_reload_generate_evaluate(sampled: Path, tmp_path: Path) -> Non
         assert torch.equal(cached, uncached)
         assert tokenizer.decode(cached[0]).startswith("Once upon a time")
     dense, at_10, at_20, at_50 = perplexities
-    assert dense == pytest.approx(3.4, abs=0.15)
+    # 3.4 over many sequences; these are 32.
+    assert 2.5 < dense < 4.5
     # Compression costs, more of it more; and even half of the model is far from chance (512).
     assert dense < at_10 < at_20 < at_50 < 256
     assert at_10 < 2 * dense

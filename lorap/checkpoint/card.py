@@ -43,6 +43,9 @@ def model_card(report: Mapping[str, Any], *, name: str, original: Path | None = 
     }
     tokens = f"{calibration['samples']} x {calibration['seqlen']} tokens"
     of_what = "all parameters" if report["ratio_scope"] == "model" else "each layer's parameters"
+    # Neither exists where a recipe fixes every module.
+    asked = f"{report['ratio']:.2%} of {of_what}" if report["ratio"] else "set by the recipe"
+    layer_ratio = f"{report['layer_ratio']:.2%}" if report["layer_ratio"] else "set by the recipe"
     versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
@@ -55,9 +58,9 @@ matrices (activation-weighted SVD), and the feed-forward blocks keep their most 
 
 | | |
 |---|---|
-| ratio asked | {report["ratio"]:.2%} of {of_what} |
+| ratio asked | {asked} |
 | ratio achieved | {report["achieved_ratio"]:.2%} |
-| layer ratio | {report["layer_ratio"]:.2%} |
+| layer ratio | {layer_ratio} |
 | parameters | {after:,} of {before:,} |
 | calibration | {tokens} of {calibration["source"]} |
 

@@ -48,10 +48,11 @@ def svd_low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Notes
     -----
-    SPEC: ``lowrank.svd``.
+    SPEC: ``lowrank.svd``, ``precision.decomposition``.
     """
-    u, s, v = torch.linalg.svd(weight.to(compute_dtype(weight)), full_matrices=False)
-    return u[:, :rank] * s[:rank], v[:rank]
+    dtype = compute_dtype(weight)
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    return (u[:, :rank] * s[:rank]).to(dtype), v[:rank].to(dtype)
 
 
 def column_scale(norms: Tensor, weighting: Weighting = "eq7") -> Tensor:
@@ -118,18 +119,21 @@ def awsvd(weight: Tensor, scale: Tensor, rank: int) -> tuple[Tensor, Tensor, Ten
     Returns
     -------
     left : (d_out, rank)
-        Orthonormal columns, or zero ones; in ``compute_dtype(weight)`` like the rest.
+        Orthonormal columns, or zero ones; in ``compute_dtype(weight)``.
     right : (rank, d_in)
-    singular_values : (min(d_out, d_in),)
+        Likewise.
+    singular_values : (min(d_out, d_in),) float64
         Of ``weight D``, descending.
 
     Notes
     -----
-    SPEC: ``awsvd.product``, ``awsvd.dead``, ``awsvd.deficient``.
+    SPEC: ``awsvd.product``, ``awsvd.dead``, ``awsvd.deficient``, ``precision.decomposition``: done
+    in float64. Outlier features spread the singular values of ``weight D`` so far that float32
+    could not tell the small ones from zero.
     """
     dtype = compute_dtype(weight)
-    weight = weight.to(dtype)
-    u, s, _ = torch.linalg.svd(weight * scale.to(dtype), full_matrices=False)
+    weight = weight.double()
+    u, s, _ = torch.linalg.svd(weight * scale.double(), full_matrices=False)
     left = u[:, :rank].clone()
     found = min(rank, numerical_rank(s, (weight.shape[0], weight.shape[1])))
     if found < rank:
@@ -138,10 +142,10 @@ def awsvd(weight: Tensor, scale: Tensor, rank: int) -> tuple[Tensor, Tensor, Ten
         # however small it is.
         basis = torch.linalg.qr(u[:, :found], mode="complete").Q[:, found:]
         u_rest, s_rest, _ = torch.linalg.svd(basis.T @ weight, full_matrices=False)
-        floor = max(weight.shape) * torch.finfo(dtype).eps * torch.linalg.norm(weight)
+        floor = max(weight.shape) * torch.finfo(weight.dtype).eps * torch.linalg.norm(weight)
         extra = min(rank - found, int((s_rest > floor).sum()))
         left[:, found : found + extra] = basis @ u_rest[:, :extra]
-    return left, left.T @ weight, s
+    return left.to(dtype), (left.T @ weight).to(dtype), s
 
 
 def numerical_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:
