@@ -54,6 +54,39 @@ def test_memory_disk_and_reload_agree_bit_for_bit(
     assert in_memory.num_parameters() == report["parameters"]["after"]
 
 
+@pytest.mark.spec("algorithm.sequence")
+@pytest.mark.parametrize("rope", ["default", "llama3"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layer_by_layer_is_the_forward_of_the_compressed_model(variant: str, rope: str) -> None:
+    scaled = {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    model = tiny_model(**VARIANTS[variant])
+    if rope == "llama3":
+        if not hasattr(model.config, "rope_parameters"):
+            pytest.skip("transformers 4 spells the scaling of the frequencies in another way")
+        model = tiny_model(**VARIANTS[variant], rope_parameters=scaled)
+    outputs: list[torch.Tensor] = []
+    real = pipeline.compress_layers
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        for layer in real(*args, **kwargs):
+            outputs[:] = layer.outputs
+            yield layer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "compress_layers", recording)
+        compressed = lorap.compress(model, config(batch_size=3), calibration=IDS)
+    with torch.no_grad():
+        logits = compressed.lm_head(compressed.model.norm(torch.cat(outputs)))
+        torch.testing.assert_close(logits, compressed(IDS).logits, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("sublayers", [("mha",), ("ffn",), ("mha", "ffn")])
 def test_what_is_not_compressed_stays_bit_for_bit(sublayers: tuple[str, ...]) -> None:
     model = tiny_model(**VARIANTS["biased"])

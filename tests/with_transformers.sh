@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Run the tests of modeling, checkpoint and pipeline with another minor version of transformers.
+# Usage: with_transformers.sh 4.57 [python]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+version=$1
+venv=.venv-$version
+"${2:-python3}" -m venv "$venv"
+"$venv/bin/pip" install --quiet --constraint constraints.txt torch
+"$venv/bin/pip" install --quiet --constraint constraints.txt --editable '.[test]'
+"$venv/bin/pip" install --quiet "transformers==$version.*"
+"$venv/bin/python" -m pytest -m "not slow" tests/test_modeling.py tests/test_registration.py \
+    tests/test_checkpoint.py tests/test_pipeline.py parity_tests/test_algorithm1.py
