@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import json
 import shlex
+import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,7 +58,8 @@ class _Commands(TyperGroup):
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            _fail(f"out of memory; a smaller --batch-size needs less: {error}", 1)
+            detail = f" ({error})" if str(error) else ""
+            _fail(f"out of memory; a smaller --batch-size needs less{detail}", 1)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -87,6 +90,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
+    # So that a run that is told to end removes what it had begun, as one that is interrupted does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app(prog_name="lorap")
 
 
@@ -458,12 +463,14 @@ def _settings(ctx: typer.Context) -> tuple[CompressionConfig, dict[str, Any]]:
 
 
 def _quieten() -> None:
-    """Keep transformers' messages and bars out of the output: errors arrive as exceptions."""
-    from transformers.utils import logging as untyped
+    """Keep the libraries' messages and bars out of the output: errors arrive as exceptions."""
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging as transformers
 
-    logging: Any = untyped
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    untyped: tuple[Any, Any] = (hub, transformers)
+    for logging in untyped:
+        logging.set_verbosity_error()
+    untyped[1].disable_progress_bar()
 
 
 def _stdout_kept(needed: bool) -> contextlib.AbstractContextManager[Any]:
@@ -508,7 +515,7 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
         redirect_stdout=False,
     )
     with bar:
-        task = bar.add_task("reading", total=None)
+        task = bar.add_task("preparing", total=None)
         yield lambda done, total: bar.update(task, description=unit, completed=done, total=total)
 
 
@@ -539,7 +546,7 @@ def _print_plan(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("layers")
     table.add_column("module", no_wrap=True)
     table.add_column("becomes", no_wrap=True)
@@ -600,7 +607,7 @@ def _spans(indices: Sequence[int]) -> str:
 def _becomes(module: ModulePlan) -> str:
     if module.rank is not None:
         return f"rank {module.rank}"
-    return f"{module.width} channels" if module.kind == "channels" else "as it is"
+    return f"width {module.width}" if module.kind == "channels" else "as it is"
 
 
 def _print_summary(report: Mapping[str, Any], output: str) -> None:
@@ -649,7 +656,8 @@ def _print_demo(result: DemoResult) -> None:
     )
     typer.echo(f"perplexity on {result.tokens:,} held-out tokens: {result.protocol}")
     for name, side in (("original", original), ("compressed", compressed)):
-        typer.echo(f"\n{name} model, greedy, after {result.prompt!r}:\n  {side.continuation}")
+        typer.echo(f"\n{name} model, greedy, after {result.prompt!r}:")
+        typer.echo(textwrap.indent(side.continuation, "  "))
     typer.echo(f"\nThe compressed model and its report ({result.report}) are in {result.output}")
 
 

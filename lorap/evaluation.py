@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -369,6 +370,8 @@ def evaluate_perplexity(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     name = os.fspath(model_path)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UsageError(f"{name} is not a model folder: it holds no config.json")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     def load(auto_class: Any, **extra: Any) -> Any:

@@ -50,6 +50,10 @@ class LayerResult:
         The layer's tensors, names relative to it, in the dtypes of the originals.
     modules : dict
         What the report says of each module, by name.
+    norms : dict
+        Norms of the linears' input features that the layer was compressed with, ``(d_in,)`` in
+        float64, by kind of input: ``attention`` (of q, k and v), ``o``, ``ffn`` (of gate and up)
+        and ``down``; those that the plan needed.
     seconds : float
         Wall time of the layer.
     outputs : list of Tensor
@@ -60,6 +64,7 @@ class LayerResult:
     index: int
     tensors: dict[str, Tensor]
     modules: dict[str, dict[str, Any]]
+    norms: dict[str, Tensor]
     seconds: float
     outputs: list[Tensor]
 
@@ -210,7 +215,8 @@ def compress_checkpoint(
         field=field,
     )
     prefix = f"{family.layers_path}."
-    records: list[LayerResult] = []
+    records: list[tuple[dict[str, dict[str, Any]], float]] = []
+    norms: dict[str, Tensor] = {}
     with CheckpointWriter(output, overwrite=overwrite) as writer:
         others = {
             name: reader.load(name)[""] for name in reader.tensors if not name.startswith(prefix)
@@ -229,7 +235,8 @@ def compress_checkpoint(
             writer.write_shard(
                 {f"{prefix}{layer.index}.{name}": t for name, t in layer.tensors.items()}
             )
-            records.append(LayerResult(layer.index, {}, layer.modules, layer.seconds, []))
+            records.append((layer.modules, layer.seconds))
+            norms |= {f"{prefix}{layer.index}.{kind}": x for kind, x in layer.norms.items()}
             if progress is not None:
                 progress(layer.index + 1, len(plan.layers))
         writer.write_shard(others)
@@ -239,7 +246,7 @@ def compress_checkpoint(
             config=config,
             plan=plan,
             calibration=chosen,
-            layers=[(record.modules, record.seconds) for record in records],
+            layers=records,
             device=device,
             seconds=time.perf_counter() - started,
             command=command
@@ -248,6 +255,7 @@ def compress_checkpoint(
         )
         writer.copy_side_files(reader.path)
         writer.write_safetensors(report.CALIBRATION_FILE, {"input_ids": chosen.input_ids})
+        writer.write_safetensors(report.STATISTICS_FILE, norms)
         writer.write_json(report.REPORT_FILE, summary)
         writer.write_text("README.md", model_card(summary, name=output.name, original=reader.path))
         writer.commit(family.compressed_config(reader.config, plan.structure()))
@@ -315,12 +323,13 @@ def compress_layers(
         original = {name: tensor.to(device) for name, tensor in load_layer(index).items()}
         _check_finite(original, f"{where}.")
         needed = _inputs_needed(family, layer_plan)
-        squares: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
         if needed:
             dense = _build_layer(family, dense_config, index, original, dtype)
             squares = _collect(dense, needed, batches, index)
+            norms = {kind: feature_norms(total) for kind, total in squares.items()}
             del dense
-        tensors, modules = _compress_layer(family, original, layer_plan, squares, config, where)
+        tensors, modules = _compress_layer(family, original, layer_plan, norms, config, where)
         layer = _build_layer(family, compressed_config, index, tensors, dtype)
         for batch in batches:
             batch.hidden = batch.run(layer, index)
@@ -333,6 +342,7 @@ def compress_layers(
             index,
             tensors,
             modules,
+            norms,
             time.perf_counter() - started,
             [batch.hidden for batch in batches],
         )
@@ -480,7 +490,7 @@ def _compress_layer(
     family: Family,
     original: Mapping[str, Tensor],
     layer_plan: LayerPlan,
-    squares: Mapping[str, Tensor],
+    norms: Mapping[str, Tensor],
     config: CompressionConfig,
     where: str,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
@@ -490,12 +500,12 @@ def _compress_layer(
     for role, name in family.attention.items():
         modules[name] = layer_plan[name].to_dict()
         if layer_plan[name].kind == "low_rank":
-            norms = feature_norms(squares["o" if role == "o" else "attention"])
-            modules[name] |= _factor(tensors, name, layer_plan[name], norms, config)
+            inputs = norms["o" if role == "o" else "attention"]
+            modules[name] |= _factor(tensors, name, layer_plan[name], inputs, config)
     block = family.ffn_block
     modules[block] = layer_plan[block].to_dict()
     if layer_plan[block].kind == "channels":
-        modules[block] |= _prune(tensors, family.ffn, layer_plan[block], squares, config)
+        modules[block] |= _prune(tensors, family.ffn, layer_plan[block], norms, config)
     _check_finite(tensors, f"{where}.", "the compressed weights hold")
     return tensors, modules
 
@@ -530,12 +540,12 @@ def _prune(
     tensors: dict[str, Tensor],
     ffn: Mapping[str, str],
     module: ModulePlan,
-    squares: Mapping[str, Tensor],
+    norms: Mapping[str, Tensor],
     config: CompressionConfig,
 ) -> dict[str, Any]:
     """Take the removed channels out of a feed-forward block. SPEC: ``algorithm.ffn``."""
     up, gate, down = (tensors[f"{ffn[role]}.weight"] for role in ("up", "gate", "down"))
-    ffn_norms, down_norms = feature_norms(squares["ffn"]), feature_norms(squares["down"])
+    ffn_norms, down_norms = norms["ffn"], norms["down"]
     scores = group_importance(up, gate, down, ffn_norms, down_norms, config.aggregation)
     assert module.band is not None
     low, high = module.band
@@ -551,12 +561,12 @@ def _prune(
     removed[kept] = False
     lost = whole = 0.0
     errors = {}
-    for role, weight, norms, axis in (
+    for role, weight, inputs, axis in (
         ("gate", gate, ffn_norms, 1),
         ("up", up, ffn_norms, 1),
         ("down", down, down_norms, 0),
     ):
-        energy = channel_importance(weight_importance(weight, norms), axis, "l2").square()
+        energy = channel_importance(weight_importance(weight, inputs), axis, "l2").square()
         errors[role] = _relative(float(energy[removed].sum()), float(energy.sum()))
         lost += float(energy[removed].sum())
         whole += float(energy.sum())

@@ -14,6 +14,7 @@ from lorap.runtime import peak_memory, versions
 
 REPORT_FILE = "lorap_report.json"
 CALIBRATION_FILE = "lorap_calibration.safetensors"
+STATISTICS_FILE = "lorap_statistics.safetensors"
 FORMAT_VERSION = 1
 
 

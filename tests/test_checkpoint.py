@@ -16,14 +16,6 @@ import yaml
 from huggingface_hub import errors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import (
-    VARIANTS,
-    randomise_,
-    save_tiny_checkpoint,
-    tiny_config,
-    tiny_structure,
-    token_ids,
-)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorap  # noqa: F401  (registers the Auto classes)
@@ -37,6 +29,14 @@ from lorap.checkpoint import (
 )
 from lorap.errors import LorapError, UsageError
 from lorap.families import FAMILIES
+from tests.tiny_models import (
+    VARIANTS,
+    randomise_,
+    save_tiny_checkpoint,
+    tiny_config,
+    tiny_structure,
+    token_ids,
+)
 
 LLAMA = FAMILIES["llama"]
 
@@ -135,7 +135,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "model.safetensors").unlink()
     torch.save({"x": Malice()}, tmp_path / "pytorch_model.bin")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"pytorch_model\.bin: not readable"):
+    with pytest.raises(UsageError, match=r"pytorch_model\.bin: expected a pickled state"):
         open_checkpoint(tmp_path, allow_bin=True)
     assert not (tmp_path / "made-by-a-pickle").exists()
 
@@ -592,3 +592,14 @@ def test_a_card_without_usable_front_matter_gives_no_licence(
         (tmp_path / "README.md").write_text(text)
     card = model_card(SAMPLE_REPORT, name="small", original=tmp_path)
     assert "license" not in yaml.safe_load(card.split("---\n", 2)[1])
+
+
+def test_folders_made_for_a_run_that_fails_are_removed(tmp_path: Path) -> None:
+    def run() -> None:
+        with CheckpointWriter(tmp_path / "a" / "b" / "output") as writer:
+            writer.write_shard({"x": torch.ones(2)})
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        run()
+    assert list(tmp_path.iterdir()) == []

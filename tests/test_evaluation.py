@@ -384,6 +384,9 @@ def test_model_or_tokenizer_that_cannot_be_loaded(
     checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"empty is not a model folder: it holds no config.json"):
+        evaluate_perplexity(tmp_path / "empty", text)
+    (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises(UsageError, match=r"cannot load Config of the model .*empty") as caught:
         evaluate_perplexity(tmp_path / "empty", text)
     assert "\n" not in str(caught.value)

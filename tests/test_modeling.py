@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VARIANTS, randomise_, tiny_config, tiny_model, tiny_structure, token_ids
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 
 import lorap  # noqa: F401  (registers the Auto classes)
@@ -22,6 +21,14 @@ from lorap.families.modeling_lorap_llama import (
     LorapLlamaForCausalLM,
     LorapLlamaModel,
     LowRankLinear,
+)
+from tests.tiny_models import (
+    VARIANTS,
+    randomise_,
+    tiny_config,
+    tiny_model,
+    tiny_structure,
+    token_ids,
 )
 
 LLAMA = FAMILIES["llama"]

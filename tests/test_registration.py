@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_config, tiny_structure
 
 import lorap
 from lorap.errors import UsageError
 from lorap.families import FAMILIES, family_of
 from lorap.families.modeling_lorap_llama import LorapLlamaConfig, LorapLlamaForCausalLM
+from tests.tiny_models import tiny_config, tiny_structure
 
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorap.checkpoint.files import INDEX, SIDE_FILES, WEIGHTS
 from lorap.errors import LorapError, UsageError
-from lorap.families import Family, family_of
+from lorap.families import FAMILIES, Family, family_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -176,6 +176,40 @@ def open_checkpoint(
     return CheckpointReader(path, source, config, family, tensors)
 
 
+def open_compressed(folder: str | Path) -> CheckpointReader:
+    """Find a compressed model; its tensors are all that the files hold, fitting or not.
+
+    Parameters
+    ----------
+    folder : str or Path
+        A local folder.
+
+    Raises
+    ------
+    UsageError
+        If it is no folder of a compressed model, or its files are damaged.
+    """
+    path = Path(folder).expanduser()
+    file = path / "config.json"
+    if not file.is_file():
+        raise UsageError(f"{folder}: expected the folder of a compressed model: no config.json")
+    model_type = _read_json(file).get("model_type")
+    families = {family.compressed_type: family for family in FAMILIES.values()}
+    if model_type not in families:
+        raise UsageError(
+            f"{folder} is no compressed model: expected a model type {', '.join(families)}, "
+            f"got {model_type}"
+        )
+    family = families[model_type]
+    try:
+        config = family.config_class.from_pretrained(path)
+    except Exception as error:
+        # transformers raises many types here, those of its validators among them.
+        raise UsageError(f"{file}: not a usable configuration: {error}") from error
+    stored = _stored_tensors(path, str(folder), allow_bin=False)
+    return CheckpointReader(path, str(folder), config, family, stored)
+
+
 def read_config(model: str | Path, *, revision: str | None = None) -> PretrainedConfig:
     """Return the configuration of a model that can be compressed, without its weights.
 
@@ -259,9 +293,15 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise LorapError(
-            f"{name} is not a folder here, and the hub cannot be reached for it: {error}"
+            f"{name} is not a folder here, and the hub cannot be reached for it: "
+            f"{_first_line(error)}"
         ) from error
     return Path(folder)
+
+
+def _first_line(error: Exception) -> str:
+    """Cause without the paragraphs of advice that libraries append."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -352,8 +392,12 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )
     except Exception as error:
-        # Damaged and malicious pickles raise errors of many types.
-        raise UsageError(f"{file}: not readable as a pickled state dict: {error}") from error
+        # Damaged and malicious pickles raise errors of many types; torch's own words advise to
+        # load them all the same.
+        raise UsageError(
+            f"{file}: expected a pickled state dict that holds tensors alone; it is damaged, or "
+            "holds something else, which is not loaded"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(item, Tensor) for item in state.values()):
         raise UsageError(f"{file}: expected a mapping from names to tensors")
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -94,6 +95,7 @@ class CheckpointWriter:
         self.output = check_output(output, overwrite=overwrite, needed_bytes=needed_bytes)
         self._overwrite = overwrite
         self._staging = self._sibling("partial")
+        self._made: list[Path] = []
         self._shards: list[dict[str, Tensor]] = []
 
     def _sibling(self, suffix: str) -> Path:
@@ -105,6 +107,7 @@ class CheckpointWriter:
         return self._staging
 
     def __enter__(self) -> Self:
+        self._made = _missing_folders(self._staging.parent)
         # mkdtemp would leave a checkpoint that only its writer can read.
         self._staging.mkdir(parents=True)
         return self
@@ -116,6 +119,10 @@ class CheckpointWriter:
         traceback: TracebackType | None,
     ) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)
+        for folder in self._made:
+            # Another run may have put something there meanwhile.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the next shard.
@@ -267,6 +274,11 @@ def _check_tensors(written: Mapping[str, Tensor], expected: Mapping[str, tuple[i
 
 def _shard_name(number: int) -> str:
     return f"model-{number:05d}.safetensors"
+
+
+def _missing_folders(path: Path) -> list[Path]:
+    """Return the folders that ``mkdir(parents=True)`` would make for `path`, the deepest first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def _existing_ancestor(path: Path) -> Path:

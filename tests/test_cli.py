@@ -1,0 +1,407 @@
+"""The command line where all is well: output, JSON, recipes, progress, imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import lorap
+from lorap import cli
+from lorap.config import RUN_OPTIONS, CompressionConfig
+from lorap.data import NAMED_SOURCES
+from tests.tiny_models import save_tiny_checkpoint
+
+COMMANDS: dict[str, Any] = get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original") / "model"
+    save_tiny_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "ids.npy"
+    np.save(file, np.random.default_rng(0).integers(3, 96, (4, 16)))
+    return file
+
+
+@pytest.fixture(autouse=True)
+def _loud_transformers() -> Iterator[None]:
+    yield
+    logging: Any = transformers.logging
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()
+
+
+def run(*words: object) -> Any:
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result
+
+
+def compress(model: Path, ids: Path, output: Path, *words: object) -> Any:
+    data = ("--calibration", ids, "--samples", 4, "--seqlen", 16, "--device", "cpu")
+    return run("compress", model, "--output", output, *data, *words)
+
+
+# --- help, version, imports -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("command", [None, "plan", "compress", "evaluate", "demo"])
+def test_help_everywhere(command: str | None, flag: str) -> None:
+    shown = run(*([command] if command else []), flag).stdout
+    if command is None:
+        assert all(name in shown for name in COMMANDS)
+    else:
+        assert all(option in shown for p in COMMANDS[command].params for option in p.opts[:1])
+
+
+@pytest.mark.parametrize("command", ["compress", "evaluate"])
+def test_help_names_every_named_source(command: str) -> None:
+    assert all(name in run(command, "-h").stdout for name in NAMED_SOURCES)
+
+
+def test_every_setting_is_an_option_or_a_list_in_the_recipe() -> None:
+    names = {parameter.name for parameter in COMMANDS["compress"].params}
+    settings = {field for field in CompressionConfig.__dataclass_fields__ if field != "overrides"}
+    assert settings | set(RUN_OPTIONS) <= names
+    assert names - settings - set(RUN_OPTIONS) == {"model", "config", "as_json"}
+
+
+def test_defaults_in_the_help_are_those_of_the_settings() -> None:
+    shown = {p.name: p.show_default for p in COMMANDS["compress"].params}
+    defaults = CompressionConfig()
+    for name in ("ratio_scope", "aggregation", "weighting", "samples", "seqlen", "seed", "device"):
+        assert shown[name] == str(getattr(defaults, name))
+    assert float(shown["allocation"]) == defaults.allocation
+    assert float(shown["least_important"]) == defaults.least_important
+    assert shown["sublayers"] == ",".join(defaults.sublayers)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["compress", "--help"], ["--version"]])
+def test_help_and_version_import_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import sys\n"
+        f"sys.argv = ['lorap', *{words!r}]\n"
+        "from lorap.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as error:\n    assert not error.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'datasets', 'huggingface_hub'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_version_and_the_module_as_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lorap", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"lorap {lorap.__version__}\n"
+
+
+# --- plan -----------------------------------------------------------------------------------------
+
+
+def test_plan_as_json_is_the_plan(model: Path) -> None:
+    shown = json.loads(run("plan", model, "--ratio", 0.3, "--seqlen", 16, "--json").stdout)
+    expected = lorap.plan_checkpoint(str(model), CompressionConfig(ratio=0.3, seqlen=16))
+    assert shown == expected.to_dict()
+    assert list(shown) == [
+        "ratio",
+        "ratio_scope",
+        "layer_ratio",
+        "achieved_ratio",
+        "parameters",
+        "macs",
+        "layers",
+    ]
+
+
+def test_plan_needs_no_weights(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    alone = run("plan", tmp_path, "--ratio", 0.3, "--json").stdout
+    assert alone == run("plan", model, "--ratio", 0.3, "--json").stdout
+
+
+def test_plan_of_llama_7b_is_the_table_of_the_authors(tmp_path: Path) -> None:
+    transformers.LlamaConfig().save_pretrained(tmp_path)
+    words = ("plan", tmp_path, "--ratio", 0.2, "--ratio-scope", "layer")
+    shown = json.loads(run(*words, "--json").stdout)
+    assert shown["layers"][0]["self_attn.q_proj"]["rank"] == 1228
+    assert shown["layers"][31]["self_attn.v_proj"]["kind"] == "dense"
+    assert shown["layers"][31]["mlp"]["width"] == 8807
+    assert round(shown["achieved_ratio"], 4) == 0.1922
+    table = run(*words).stdout
+    assert "0-31" in table
+    assert "rank 1228" in table
+    assert "width 8807" in table
+    assert "19.22% of all parameters removed; 20.00% of the layers' parameters asked" in table
+    assert "6,738,415,616 -> " in table
+
+
+def test_equal_layers_are_grouped_wherever_they_are(model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("overrides: [{match: layers.1, skip: true}]\nratio: 0.2\n")
+    table = run("plan", model, "--config", recipe).stdout
+    assert "0, 2" in table
+    assert sum("mlp" in line for line in table.splitlines()) == 2
+
+
+def test_counts_and_times_in_words() -> None:
+    counts = (7, 999, 1000, 999_949, 999_960, 1_234_567, 10**9, 2 * 10**15)
+    assert [cli._short(n) for n in counts] == [
+        "7",
+        "999",
+        "1k",
+        "999.9k",
+        "1M",
+        "1.235M",
+        "1G",
+        "2000T",
+    ]
+    times = (0.04, 9.94, 59.4, 59.6, 3599.4, 3600, 7260)
+    assert [cli._duration(t) for t in times] == [
+        "0.0 s",
+        "9.9 s",
+        "59 s",
+        "1 min 0 s",
+        "59 min 59 s",
+        "1 h 0 min",
+        "2 h 1 min",
+    ]
+    assert cli._spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+# --- compress -------------------------------------------------------------------------------------
+
+
+def test_summary_ends_with_the_next_command(model: Path, ids: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a folder"
+    result = compress(model, ids, output, "--ratio", 0.3)
+    report = json.loads((output / "lorap_report.json").read_text())
+    lines = result.stdout.splitlines()
+    assert lines[-1] == f"next: lorap evaluate '{output}' --perplexity wikitext2"
+    assert f"{report['parameters']['before']:,} -> {report['parameters']['after']:,}" in lines[1]
+    assert f"{report['achieved_ratio']:.2%} of all parameters removed; 30.00% asked" in lines[0]
+    for word in ("time", "peak memory", "output"):
+        assert any(line.startswith(word) for line in lines)
+    assert "3 of 3 layers" in result.stderr
+    assert report["command"].startswith(f"lorap compress {model} --output '{output}'")
+
+
+def test_json_is_the_report_and_alone_on_stdout(model: Path, ids: Path, tmp_path: Path) -> None:
+    result = compress(model, ids, tmp_path / "o", "--ratio", 0.3, "--json")
+    assert json.loads(result.stdout) == json.loads(
+        (tmp_path / "o" / "lorap_report.json").read_text()
+    )
+
+
+def test_every_option_reaches_the_report(model: Path, ids: Path, tmp_path: Path) -> None:
+    options = {
+        "ratio": 0.25,
+        "ratio_scope": "layer",
+        "allocation": 2.0,
+        "least_important": 0.05,
+        "aggregation": "l1",
+        "weighting": "eq6",
+        "sublayers": "mha",
+        "samples": 3,
+        "seqlen": 8,
+        "seed": 7,
+        "batch_size": 2,
+        "device": "cpu",
+        "dtype": "float64",
+    }
+    words = [w for name, v in options.items() for w in (f"--{name.replace('_', '-')}", v)]
+    run("compress", model, "--output", tmp_path / "o", "--calibration", ids, *words)
+    settings = json.loads((tmp_path / "o" / "lorap_report.json").read_text())["settings"]
+    assert settings == options | {"sublayers": ["mha"], "overrides": []}
+    weights = load_file(tmp_path / "o" / "model-00001-of-00004.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
+    model: Path, ids: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    content = {
+        "ratio": 0.2,
+        "seed": 5,
+        "samples": 3,
+        "seqlen": 16,
+        "sublayers": ["mha", "ffn"],
+        "calibration": str(ids),
+        "output": str(tmp_path / "from-recipe"),
+        "overwrite": True,
+        "overrides": [{"match": "layers.0", "skip": True}],
+    }
+    recipe.write_text(yaml.safe_dump(content))
+    (tmp_path / "from-recipe").mkdir()
+    run("compress", model, "--config", recipe, "--ratio", 0.3, "--seed", 0)
+    report = json.loads((tmp_path / "from-recipe" / "lorap_report.json").read_text())
+    assert report["ratio"] == 0.3
+    assert (report["settings"]["seed"], report["settings"]["samples"]) == (0, 3)
+    assert report["settings"]["weighting"] == "eq7"
+    assert report["settings"]["overrides"] == [{"match": "layers.0", "skip": True}]
+    assert report["layers"][0]["modules"]["mlp"]["kind"] == "dense"
+
+    refused = CliRunner().invoke(
+        cli.app, ["compress", str(model), "--config", str(recipe), "--no-overwrite"]
+    )
+    assert refused.exit_code == 2
+    assert "exists already" in refused.stderr
+    run("compress", model, "--config", recipe, "--output", tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "config.json").is_file()
+
+
+def test_a_recipe_that_fixes_every_module_needs_no_ratio(
+    model: Path, ids: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "overrides: [{match: layers.*.self_attn, rank: 4}, {match: layers.*.mlp, width: 20}]\n"
+    )
+    result = compress(model, ids, tmp_path / "o", "--config", recipe)
+    assert "none asked" in result.stdout
+    assert "none asked" in run("plan", model, "--config", recipe).stdout
+
+
+def test_chat_messages_and_a_field(model: Path, tmp_path: Path) -> None:
+    words = " ".join(f"w{index % 90}" for index in range(40))
+    file = tmp_path / "chat.jsonl"
+    record = {"messages": [{"role": "user", "content": words}], "body": words}
+    file.write_text(json.dumps(record) + "\n")
+    for index, extra in enumerate(([], ["--field", "body"])):
+        compress(model, file, tmp_path / str(index), "--ratio", 0.3, *extra)
+        stored = load_file(tmp_path / str(index) / "lorap_calibration.safetensors")
+        assert stored["input_ids"].shape == (4, 16)
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    with cli._progress("layers") as progress:
+        progress(1, 4)
+        progress(2, 4)
+        time.sleep(0.3)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "layers" in captured.err
+    assert "2/4" in captured.err
+    assert "left" in captured.err
+
+
+def test_lines_of_progress_tell_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 1.0, 10.0, 20.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    show = cli._line_printer("layers")
+    for done in (1, 2, 4):
+        show(done, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "2 of 4 layers, 10 s elapsed, about 10 s left",
+        "4 of 4 layers, 20 s elapsed",
+    ]
+
+
+# --- evaluate -------------------------------------------------------------------------------------
+
+
+def test_evaluation_of_original_and_compressed(model: Path, ids: Path, tmp_path: Path) -> None:
+    compress(model, ids, tmp_path / "o", "--ratio", 0.5)
+    words = ("--perplexity", ids, "--seqlen", 8, "--device", "cpu")
+    values = []
+    for folder in (model, tmp_path / "o"):
+        result = run("evaluate", folder, *words, "--json")
+        report = json.loads(result.stdout)
+        assert (report["tokens"], report["chunks"], report["seqlen"]) == (56, 8, 8)
+        values.append(report["perplexity"])
+        shown = run("evaluate", folder, *words).stdout
+        assert shown.splitlines()[0] == f"perplexity  {report['perplexity']:.4f}"
+        for fragment in ("protocol", "56 targets in 8 chunks", "8 tokens in a chunk", "torch "):
+            assert fragment in shown
+        assert "Loading weights" not in result.stderr
+    assert values[0] != values[1]
+
+
+def test_what_a_model_s_own_code_prints_stays_off_stdout(
+    model: Path, ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = lorap.evaluate_perplexity
+
+    def noisy(*args: Any, **kwargs: Any) -> Any:
+        print("noise")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(lorap, "evaluate_perplexity", noisy, raising=False)
+    result = run("evaluate", model, "--perplexity", ids, "--seqlen", 8, "--json")
+    assert json.loads(result.stdout)["chunks"] == 8
+    assert "noise" in result.stderr
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_away_is_no_news(model: Path) -> None:
+    command = [sys.executable, "-m", "lorap", "plan", str(model), "--ratio", "0.3", "--json"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writing)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_and_leaves_nothing(
+    number: signal.Signals, model: Path, ids: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import time, lorap.pipeline as pipeline\n"
+        "def wait(*args):\n    print('computing', flush=True)\n    time.sleep(60)\n"
+        "pipeline.awsvd = wait\n"
+        "from lorap.cli import main\nmain()\n"
+    )
+    words = ["compress", model, "--ratio", 0.3, "--output", tmp_path / "o", "--calibration", ids]
+    words += ["--samples", 4, "--seqlen", 16, "--device", "cpu"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "computing\n"
+        assert [file.suffix for file in tmp_path.iterdir()] == [".partial"]
+        process.send_signal(number)
+        _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in message
+    assert "Traceback" not in message
+    assert list(tmp_path.iterdir()) == []
