@@ -1,0 +1,95 @@
+"""Eq. (1), (2), (8), (9), (10): importance of weights, channels and groups."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorap.ops import importance as ours
+from lorap_reference import importance as reference
+from parity_tests import compare, tolerances
+from parity_tests import strategies as own
+from parity_tests.tolerances import EPS32, EPS64
+
+dtypes = st.sampled_from(((torch.float64, EPS64), (torch.float32, EPS32)))
+Dtype = tuple[torch.dtype, float]
+
+
+def label(quantity: str, eps: float) -> str:
+    """Return the quantity's name in the report, by the dtype computed in."""
+    return quantity if eps == EPS64 else f"{quantity} (float32)"
+
+
+@pytest.mark.spec("importance.weight", "precision.compute")
+@given(problem=own.problems(), layout=own.layouts, dtype=dtypes)
+def test_weight_importance(problem: own.Problem, layout: own.Layout, dtype: Dtype) -> None:
+    W, x = own.pair(problem.W, layout, dtype[0]), own.pair(problem.scale)
+    scores = ours.weight_importance(W.tensor, x.tensor)
+    assert scores.dtype == dtype[0]
+    assert W.unchanged()
+    assert x.unchanged()
+    compare.relatively_close(
+        label("weight importance", dtype[1]),
+        scores,
+        reference.weight_importance(W.array, x.array),
+        tolerances.weight_importance(dtype[1]),
+    )
+
+
+@pytest.mark.spec("importance.channel")
+@given(
+    scores=own.matrices(smallest=1),
+    layout=own.layouts,
+    axis=st.sampled_from((0, 1)),
+    aggregation=own.aggregations,
+)
+def test_channel_importance(
+    scores: own.Array,
+    layout: own.Layout,
+    axis: int,
+    aggregation: reference.Aggregation,
+) -> None:
+    pair = own.pair(np.abs(scores), layout)
+    theirs = reference.channel_importance(pair.array, axis, aggregation)
+    mine = ours.channel_importance(pair.tensor, axis, aggregation)
+    assert mine.dtype == torch.float64
+    assert pair.unchanged()
+    if aggregation == "linf":
+        compare.exact("channel importance (linf)", mine, theirs)
+    else:
+        bound = tolerances.channel_importance(scores.shape[axis], EPS64)
+        compare.relatively_close(f"channel importance ({aggregation})", mine, theirs, bound)
+
+
+@pytest.mark.spec("importance.channel")
+@given(scores=own.matrices(smallest=1))
+def test_the_default_aggregation_is_the_l2_norm(scores: own.Array) -> None:
+    pair = own.pair(np.abs(scores))
+    bound = tolerances.channel_importance(scores.shape[1], EPS64)
+    expected = reference.channel_importance(pair.array, 1, "l2")
+    compare.relatively_close(
+        "channel importance (l2)", ours.channel_importance(pair.tensor, 1), expected, bound
+    )
+    compare.exact(
+        "channel importance (default)", reference.channel_importance(pair.array, 1), expected
+    )
+
+
+@pytest.mark.spec("importance.group", "precision.statistics")
+@given(ffn=own.channels(), layout=own.layouts, dtype=dtypes, aggregation=own.aggregations)
+def test_group_importance(
+    ffn: own.Channels, layout: own.Layout, dtype: Dtype, aggregation: reference.Aggregation
+) -> None:
+    up, gate, down = (own.pair(W, layout, dtype[0]) for W in (ffn.up, ffn.gate, ffn.down))
+    x_ffn, x_down = own.pair(ffn.x_ffn), own.pair(ffn.x_down)
+    pairs = (up, gate, down, x_ffn, x_down)
+    scores = ours.group_importance(*(pair.tensor for pair in pairs), aggregation)
+    assert scores.dtype == torch.float64
+    assert all(pair.unchanged() for pair in pairs)
+    compare.relatively_close(
+        label("group importance", dtype[1]),
+        scores,
+        reference.group_importance(*(pair.array for pair in pairs), aggregation),
+        tolerances.group_importance(ffn.down.shape[0], dtype[1]),
+    )

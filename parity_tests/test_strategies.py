@@ -1,0 +1,281 @@
+"""The edges that the parity tests are meant to meet do occur; the helpers make what they say."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from lorap_reference.budget import break_even_rank, mha_ranks, removed_band
+from parity_tests import strategies as own
+
+EXAMPLES = 400
+"""Examples within which each edge occurs: two tests' worth of the ``ci`` profile."""
+
+STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
+    "matrices": own.matrices(),
+    "problems": own.problems(),
+    "tokens": own.tokens(),
+    "bands": st.tuples(own.scores(), own.ratios),
+    "budgets": st.tuples(own.attention_shapes(), own.ratios, own.allocations),
+    "llamas": own.small_llamas(),
+}
+
+
+@cache
+def examples(name: str) -> list[Any]:
+    """Return the first examples of a strategy, derandomised."""
+    drawn: list[Any] = []
+
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        deadline=None,
+        # Drawing is all that happens here; a slow machine is no fault of the strategy.
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(STRATEGIES[name])
+    def draw(example: Any) -> None:
+        drawn.append(example)
+
+    draw()
+    return drawn
+
+
+def occurs(name: str, edge: Callable[[Any], bool]) -> bool:
+    """Tell whether one of the first examples of a strategy is at an edge."""
+    return any(edge(example) for example in examples(name))
+
+
+def condition(A: own.Array) -> float:
+    S = np.linalg.svd(A, compute_uv=False)
+    return float(S[0] / S[-1]) if S.size and S[-1] > 0 else float("inf")
+
+
+def deficient(problem: own.Problem) -> bool:
+    A = problem.W * problem.scale
+    return A.size > 0 and int(np.linalg.matrix_rank(A)) < problem.rank
+
+
+MATRIX_EDGES: dict[str, Callable[[own.Array], bool]] = {
+    "no rows": lambda A: A.shape[0] == 0 and A.shape[1] > 0,
+    "no columns": lambda A: A.shape[1] == 0 and A.shape[0] > 0,
+    "1 x 1": lambda A: A.shape == (1, 1),
+    "tall": lambda A: A.shape[0] > 2 * A.shape[1] > 0,
+    "wide": lambda A: A.shape[1] > 2 * A.shape[0] > 0,
+    "zero": lambda A: A.size > 1 and not A.any(),
+    "duplicate columns": lambda A: (
+        A.shape[1] > 1 and A.any() and bool(np.all(A[:, -1:] == A[:, -2:-1]))
+    ),
+    "rank-deficient": lambda A: A.any() and int(np.linalg.matrix_rank(A)) < min(A.shape),
+    "condition number 1e12": lambda A: A.size > 0 and 1e11 < condition(A) < 1e13,
+    "outlier channel": lambda A: (
+        A.shape[0] > 0
+        and A.shape[1] > 2
+        and float(np.max(np.abs(A))) > 50 * float(np.sort(np.max(np.abs(A), axis=0))[-2])
+    ),
+    "tiny": lambda A: A.any() and float(np.max(np.abs(A))) < 1e-5,
+    "huge": lambda A: A.size > 0 and float(np.max(np.abs(A))) > 1e5,
+}
+
+
+@pytest.mark.parametrize("name", MATRIX_EDGES)
+def test_matrices_reach(name: str) -> None:
+    assert occurs("matrices", MATRIX_EDGES[name])
+
+
+PROBLEM_EDGES: dict[str, Callable[[own.Problem], bool]] = {
+    "rank 0": lambda p: p.rank == 0 and p.W.size > 0,
+    "full rank": lambda p: p.rank == min(p.W.shape) > 1,
+    "dead feature": lambda p: bool(np.any(p.scale == 0) and np.any(p.scale > 0)),
+    "all features dead": lambda p: p.scale.size > 1 and not p.scale.any(),
+    "outlier feature": lambda p: (
+        p.scale.size > 2 and float(np.max(p.scale)) > 100 * float(np.sort(p.scale)[-2]) > 0
+    ),
+    "rank(W D) below the rank": deficient,
+}
+
+
+@pytest.mark.parametrize("name", PROBLEM_EDGES)
+def test_problems_reach(name: str) -> None:
+    assert occurs("problems", PROBLEM_EDGES[name])
+
+
+TOKEN_EDGES: dict[str, Callable[[own.Array], bool]] = {
+    "no token": lambda X: X.shape[0] == 0 and X.shape[1] > 0,
+    "one token": lambda X: X.shape[0] == 1 and X.shape[1] > 1,
+    "many tokens": lambda X: X.shape[0] > 100,
+    "dead feature": lambda X: X.shape[0] > 10 and bool(np.any(np.all(X == 0, axis=0))),
+}
+
+
+@pytest.mark.parametrize("name", TOKEN_EDGES)
+def test_tokens_reach(name: str) -> None:
+    assert occurs("tokens", TOKEN_EDGES[name])
+
+
+def tie_at_the_cut(example: tuple[own.Array, float]) -> bool:
+    C, s = example
+    ascending = np.sort(C)
+    cuts = [cut for cut in removed_band(C.size, s, 0.01) if 0 < cut < C.size]
+    return len(set(C)) > 1 and any(ascending[cut - 1] == ascending[cut] for cut in cuts)
+
+
+SCORE_EDGES: dict[str, Callable[[tuple[own.Array, float]], bool]] = {
+    "all scores equal": lambda e: e[0].size > 2 and len(set(e[0])) == 1,
+    "tie at the cut": tie_at_the_cut,
+    "ratio 0": lambda e: e[1] == 0,
+    "ratio 1": lambda e: e[1] == 1,
+    "no channel": lambda e: e[0].size == 0,
+}
+
+
+@pytest.mark.parametrize("name", SCORE_EDGES)
+def test_scores_reach(name: str) -> None:
+    assert occurs("bands", SCORE_EDGES[name])
+
+
+Budget = tuple[dict[str, own.Shape], float, float]
+
+
+def surplus(example: Budget) -> bool:
+    ranks = mha_ranks(*example, nested=True).values()
+    return None in ranks and any(rank is not None and rank > 0 for rank in ranks)
+
+
+def overflows_twice(example: Budget) -> bool:
+    """Tell whether a matrix turns dense only by what others hand on."""
+    shapes, s, a = example
+    N = sum(m * n for m, n in shapes.values())
+    weight = {name: a if name in "vo" else 1 for name in shapes}
+    W = sum(weight[name] * m * n for name, (m, n) in shapes.items())
+    dense = {name for name, rank in mha_ranks(shapes, s, a, False).items() if rank is None}
+    at_once = {
+        name
+        for name, shape in shapes.items()
+        if int((1 - s) * break_even_rank(shape) * (weight[name] * N) / W) >= break_even_rank(shape)
+    }
+    return bool(at_once) and dense > at_once
+
+
+BUDGET_EDGES: dict[str, Callable[[Budget], bool]] = {
+    "grouped queries": lambda e: {"q", "k"} <= e[0].keys() and e[0]["k"][0] < e[0]["q"][0],
+    "a single matrix": lambda e: len(e[0]) == 1,
+    "all four": lambda e: len(e[0]) == 4,
+    "surplus handed on": surplus,
+    "surplus overflows again": overflows_twice,
+    "rank 0": lambda e: 0 in mha_ranks(*e, nested=True).values(),
+}
+
+
+@pytest.mark.parametrize("name", BUDGET_EDGES)
+def test_budgets_reach(name: str) -> None:
+    assert occurs("budgets", BUDGET_EDGES[name])
+
+
+LLAMA_EDGES: dict[str, Callable[[own.SmallLlama], bool]] = {
+    "grouped queries": lambda m: m.shape.heads > m.shape.kv_heads > 1,
+    "as many keys as queries": lambda m: m.shape.heads == m.shape.kv_heads > 1,
+    "tied": lambda m: m.tied,
+    "untied": lambda m: not m.tied,
+    "all biases": lambda m: m.attention_bias and m.mlp_bias,
+    "no bias": lambda m: not m.attention_bias and not m.mlp_bias,
+    "several layers": lambda m: m.shape.layers == 3,
+}
+
+
+@pytest.mark.parametrize("name", LLAMA_EDGES)
+def test_llamas_reach(name: str) -> None:
+    assert occurs("llamas", LLAMA_EDGES[name])
+
+
+@pytest.mark.parametrize("layout", own.LAYOUTS)
+@given(values=own.matrices(smallest=1))
+def test_layouts_are_what_they_say(values: own.Array, layout: own.Layout) -> None:
+    pair = own.pair(values, layout)
+    assert pair.array.shape == tuple(pair.tensor.shape) == values.shape
+    assert np.array_equal(pair.array, pair.tensor.numpy())
+    assert not np.shares_memory(pair.array, pair.tensor.numpy())
+    expected = np.broadcast_to(values[:1], values.shape) if layout == "expanded" else values
+    assert np.array_equal(pair.array, expected)
+    if min(values.shape) > 1:
+        rows, columns = values.shape
+        strides = {
+            "c": (columns, 1),
+            "transposed": (1, rows),
+            "strided": (4 * columns, 2),
+            "expanded": (0, 1),
+        }
+        assert pair.tensor.stride() == strides[layout]
+        assert tuple(stride // 8 for stride in pair.array.strides) == strides[layout]
+
+
+def test_a_reference_that_writes_into_its_input_raises() -> None:
+    pair = own.pair(np.ones((2, 2)))
+    with pytest.raises(ValueError, match="read-only"):
+        pair.array[0, 0] = 2
+
+
+def test_a_torch_function_that_writes_into_its_input_is_seen() -> None:
+    pair = own.pair(np.ones((2, 2)))
+    assert pair.unchanged()
+    pair.tensor[0, 0] = 2
+    assert not pair.unchanged()
+    assert pair.array[0, 0] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_both_sides_get_the_rounded_values(dtype: torch.dtype) -> None:
+    pair = own.pair(np.array([[1 / 3]]), dtype=dtype)
+    assert pair.tensor.dtype == dtype
+    assert pair.array[0, 0] == float(pair.tensor[0, 0]) != 1 / 3
+
+
+@given(st.tuples(own.sides(), own.sides()), st.sampled_from(own.SPECTRA), own.scales, own.seeds)
+def test_spectra_are_what_they_say(shape: own.Shape, kind: str, scale: float, seed: int) -> None:
+    A = own.from_spectrum(shape, kind, scale, seed)
+    assert A.shape == shape
+    S = np.linalg.svd(A, compute_uv=False) / scale
+    k = min(shape)
+    if kind == "flat":
+        assert np.allclose(S, 1)
+    elif kind == "condition_1e12":
+        assert np.allclose(S, np.logspace(0, -12, k), atol=1e-13)
+    elif kind == "deficient":
+        assert np.allclose(S[k // 2 :], 0, atol=1e-13 * k)
+    elif kind == "duplicate":
+        assert np.array_equal(
+            A[:, shape[1] // 2 :], np.repeat(A[:, :1], shape[1] - shape[1] // 2, 1)
+        )
+    elif kind == "outlier":
+        sizes = np.sort(np.linalg.norm(A, axis=0))
+        assert shape[1] == 1 or sizes[-1] > 1.5 * sizes[-2]
+
+
+@given(st.integers(0, 20), st.sampled_from(own.NORM_KINDS), own.scales, own.seeds)
+def test_norms_are_what_they_say(size: int, kind: str, scale: float, seed: int) -> None:
+    x = own.norm_vector(size, kind, scale, seed)
+    assert x.shape == (size,)
+    assert np.all(x >= 0)
+    if kind in ("positive", "equal", "outlier"):
+        assert np.all(x > 0)
+    if kind == "dead" and size > 0:
+        assert np.any(x == 0)
+    if kind == "all_dead":
+        assert not x.any()
+
+
+@given(own.small_llamas())
+@settings(max_examples=10)
+def test_a_small_llama_is_the_model_of_its_weights(llama: own.SmallLlama) -> None:
+    weights, model = llama.weights(), llama.model()
+    state = model.state_dict()
+    assert set(weights) == set(state) - ({"lm_head.weight"} if llama.tied else set())
+    assert all(np.array_equal(state[name].numpy(), value) for name, value in weights.items())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == llama.tied
