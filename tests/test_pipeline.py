@@ -42,7 +42,7 @@ def test_memory_disk_and_reload_agree_bit_for_bit(
         tmp_path / "model", tmp_path / "out", config(), calibration=ids_file
     )
     in_memory = lorap.compress(original, config(), calibration=IDS)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert reloaded.dtype == dtype
     expected, got = in_memory.state_dict(), reloaded.state_dict()
     assert expected.keys() == got.keys()
@@ -227,7 +227,7 @@ def test_report_and_companions(tmp_path: Path, ids_file: str) -> None:
     assert report["peak_memory_bytes"]["cpu"] > 1e8
     stored = load_file(tmp_path / "out" / report["calibration"]["file"])["input_ids"]
     assert torch.equal(stored, IDS)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     for index, layer in enumerate(report["layers"]):
         assert layer["seconds"] > 0
