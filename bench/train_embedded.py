@@ -105,6 +105,8 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
         "eos_token": EOS,
         "unk_token": UNK,
         "clean_up_tokenization_spaces": False,
+        # transformers 4 would add token types, which LLaMA does not take.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     _write_json(folder / "tokenizer_config.json", settings)
 

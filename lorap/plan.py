@@ -338,7 +338,7 @@ def _layer_ratio(
     if config.ratio_scope == "layer":
         return config.ratio
     compressible = sum(m.compressible for m in free)
-    fixed = sum(_removed_by_override(m, overrides[m.path]) for m in modules if m.path in overrides)
+    fixed = _removed_by_overrides(modules, overrides)
     if not fixed:
         return budget.layer_ratio(total, 1, compressible, config.ratio)
     ratio = (total * config.ratio - fixed) / compressible
@@ -350,14 +350,19 @@ def _layer_ratio(
     return ratio
 
 
-def _removed_by_override(module: _Module, override: Override) -> float:
-    if override.ratio is not None:
-        return override.ratio * module.compressible
-    if override.rank is not None:
-        return module.compressible - override.rank * sum(module.shape)
-    if override.width is not None:
-        return (module.shape[0] - override.width) * module.shape[1]
-    return 0
+def _removed_by_overrides(modules: Sequence[_Module], overrides: Mapping[str, Override]) -> float:
+    removed: float = 0
+    for module in modules:
+        override = overrides.get(module.path)
+        if override is None or override.skip:
+            continue
+        if override.ratio is not None:
+            removed += override.ratio * module.compressible
+        elif override.rank is not None:
+            removed += module.compressible - override.rank * sum(module.shape)
+        elif override.width is not None:
+            removed += (module.shape[0] - override.width) * module.shape[1]
+    return removed
 
 
 _Size = int | tuple[int, int]
@@ -372,7 +377,6 @@ def _sizes(
     config: CompressionConfig,
 ) -> dict[str, _Size]:
     """Return rank or removed band by path, for the modules that are not dense."""
-    nested = config.ratio_scope == "layer"
     sizes: dict[str, _Size] = {}
     groups: dict[tuple[int, str, Override | None], list[_Module]] = {}
     free_paths = {m.path for m in free}
@@ -385,24 +389,44 @@ def _sizes(
         elif module.path in free_paths or (override is not None and override.ratio is not None):
             groups.setdefault((module.layer, module.sublayer, override), []).append(module)
 
-    for (_, sublayer, override), group in groups.items():
-        ratio = override.ratio if override is not None else free_ratio
-        if ratio is None or ratio >= 1:
-            raise _UnreachableError(
-                f"it needs a layer ratio of {ratio:.4f}, and 1 would remove it all"
-            )
-        if sublayer == "ffn":
-            sizes[group[0].path] = _band_of_ratio(group[0], ratio, config.least_important)
+    for (_, _, override), group in groups.items():
+        if override is None:
+            assert free_ratio is not None
+            sizes |= _group_sizes(group, free_ratio, config)
             continue
-        ranks = budget.mha_ranks({m.role: m.shape for m in group}, ratio, config.allocation, nested)
-        for module in group:
-            rank = ranks[module.role]
-            if rank == 0:
-                raise _UnreachableError(
-                    f"at a layer ratio of {ratio:.4f} no rank is left for {module.path}"
-                )
-            if rank is not None:
-                sizes[module.path] = rank
+        assert override.ratio is not None
+        try:
+            sizes |= _group_sizes(group, override.ratio, config)
+        except _UnreachableError as reason:
+            raise UsageError(
+                f"override {override.match!r}: ratio {override.ratio} cannot be reached: {reason}"
+            ) from None
+    return sizes
+
+
+def _group_sizes(
+    group: Sequence[_Module], ratio: float, config: CompressionConfig
+) -> dict[str, _Size]:
+    """Return the sizes, by path, of the modules of one sub-layer that share a ratio."""
+    if ratio >= 1:
+        raise _UnreachableError(f"it needs a layer ratio of {ratio:.4f}, and 1 would remove it all")
+    if group[0].sublayer == "ffn":
+        return {group[0].path: _band_of_ratio(group[0], ratio, config.least_important)}
+    ranks = budget.mha_ranks(
+        {m.role: m.shape for m in group},
+        ratio,
+        config.allocation,
+        nested=config.ratio_scope == "layer",
+    )
+    sizes: dict[str, _Size] = {}
+    for module in group:
+        rank = ranks[module.role]
+        if rank == 0:
+            raise _UnreachableError(
+                f"at a layer ratio of {ratio:.4f} no rank is left for {module.path}"
+            )
+        if rank is not None:
+            sizes[module.path] = rank
     return sizes
 
 
@@ -447,9 +471,7 @@ def _largest_reachable(
         else:
             high = middle
     if config.ratio_scope == "model":
-        fixed = sum(
-            _removed_by_override(m, overrides[m.path]) for m in modules if m.path in overrides
-        )
+        fixed = _removed_by_overrides(modules, overrides)
         low = (low * sum(m.compressible for m in free) + fixed) / total
     return math.floor(low * 10_000) / 10_000 or None
 

@@ -215,6 +215,10 @@ def test_the_last_override_that_names_a_module_counts() -> None:
             "leaves as they are",
         ),
         ({"ratio": 0.05, "overrides": [{"match": "layers.0", "ratio": 0.9}]}, "less than what"),
+        (
+            {"ratio": 0.2, "overrides": [{"match": "layers.0.mlp", "ratio": 0.9999}]},
+            r"override 'layers.0.mlp': ratio 0.9999 cannot be reached: .* no channel is left",
+        ),
         ({}, "ratio: expected"),
     ],
 )
