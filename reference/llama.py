@@ -3,6 +3,9 @@
 Weights are given under their names in a Hugging Face checkpoint. A linear is whatever stands under
 ``<name>.weight``, or under ``<name>.left.weight`` and ``<name>.right.weight`` once it is factored;
 biases, where there are any, under ``<name>.bias`` or ``<name>.left.bias``.
+
+Rotary frequencies are those of LLaMA 1 to 3: models that scale them, as LLaMA 3.1 does for long
+texts, are outside.
 """
 
 from collections.abc import Mapping
