@@ -9,12 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lorap import report
 from lorap.checkpoint.card import model_card
-from lorap.checkpoint.reader import CheckpointReader, open_checkpoint
+from lorap.checkpoint.reader import (
+    CheckpointReader,
+    fetch_tokenizer_files,
+    main_dtype,
+    open_checkpoint,
+    read_config,
+)
 from lorap.checkpoint.writer import CheckpointWriter, check_output
 from lorap.config import CompressionConfig
 from lorap.data.calibration import Calibration, calibration_from_ids, load_calibration
@@ -36,7 +43,7 @@ TOKENS_PER_BATCH = 8192
 """Tokens in a calibration forward where the user gives no batch size."""
 
 Progress = Callable[[int, int], None]
-"""Called after each layer with the layers done and the layers in all."""
+"""Called before the first layer and after each with the layers done and the layers in all."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def compress(
     config: CompressionConfig,
     *,
     calibration: str | Path | Tensor | npt.NDArray[Any],
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | npt.NDArray[Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     field: str | None = None,
     progress: Progress | None = None,
@@ -91,7 +98,7 @@ def compress(
     calibration : source or ids
         A source as ``lorap compress`` takes it, or token ids ``(N, L)``: these are taken whole,
         whatever ``config.samples`` and ``config.seqlen`` say.
-    attention_mask : (N, L) Tensor, optional
+    attention_mask : (N, L) Tensor or array, optional
         For ids with padding: nonzero where a token counts.
     tokenizer : optional
         For a calibration source that holds text.
@@ -102,7 +109,7 @@ def compress(
     Returns
     -------
     PreTrainedModel
-        The compressed model, in the dtype and on the device of the original.
+        The compressed model, in the dtypes and on the device of the original.
 
     Raises
     ------
@@ -112,15 +119,19 @@ def compress(
         If weights or activations are not finite.
     """
     family = family_of(model.config)
-    plan = make_plan(model.config, family, config)
+    model_config = _config_as_run(model)
+    plan = make_plan(model_config, family, config)
     chosen = _calibration_for(model, config, calibration, tokenizer, field)
-    if attention_mask is not None and attention_mask.shape != chosen.input_ids.shape:
+    mask = None if attention_mask is None else torch.as_tensor(attention_mask)
+    if mask is not None and mask.shape != chosen.input_ids.shape:
         raise UsageError(
             f"attention_mask: expected the shape of the ids, {tuple(chosen.input_ids.shape)}, "
-            f"got {tuple(attention_mask.shape)}"
+            f"got {tuple(mask.shape)}"
         )
     device = model.device if config.device == "auto" else choose_device(config.device)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    for name, tensor in state.items():
+        _check_weight(name, tensor)
     prefix = f"{family.layers_path}."
 
     def load_layer(index: int) -> dict[str, Tensor]:
@@ -129,23 +140,26 @@ def compress(
 
     others = {name: t for name, t in state.items() if not name.startswith(prefix)}
     compressed = {name: tensor.clone() for name, tensor in others.items()}
+    if progress is not None:
+        progress(0, len(plan.layers))
     for layer in compress_layers(
         family,
-        model.config,
+        model_config,
         plan,
         config,
         others,
         load_layer,
         chosen.input_ids,
-        mask=attention_mask,
+        mask=mask,
         device=device,
-        dtype=choose_dtype(config.dtype) or model.dtype,
+        dtype=choose_dtype(config.dtype)
+        or main_dtype((tensor.dtype, tensor.nbytes) for tensor in model.parameters()),
     ):
         for name, tensor in layer.tensors.items():
             compressed[f"{prefix}{layer.index}.{name}"] = tensor.to(model.device)
         if progress is not None:
             progress(layer.index + 1, len(plan.layers))
-    return _assemble(family, model, plan, compressed)
+    return _assemble(family, model, model_config, plan, compressed)
 
 
 def compress_checkpoint(
@@ -198,29 +212,38 @@ def compress_checkpoint(
     """
     started = time.perf_counter()
     output = Path(output)
+    inputs = [Path(given) for given in (model, calibration) if Path(given).exists()]
     device = choose_device(config.device)
-    check_output(output, overwrite=overwrite)
-    reader = open_checkpoint(model, revision=revision, allow_bin=allow_bin)
-    family = reader.family
-    plan = make_plan(reader.config, family, config)
-    check_output(output, overwrite=overwrite, needed_bytes=_bytes_after(reader, plan))
+    dtype = choose_dtype(config.dtype)
+    check_output(output, overwrite=overwrite, inputs=inputs)
+    # What the configuration and the calibration data show wrong, before the weights are fetched.
+    model_config = read_config(model, revision=revision)
+    make_plan(model_config, family_of(model_config), config)
     chosen = load_calibration(
         calibration,
-        tokenizer=lambda: _load_tokenizer(reader.path),
-        vocab_size=reader.config.vocab_size,
-        max_positions=reader.config.max_position_embeddings,
+        tokenizer=lambda: _load_tokenizer(fetch_tokenizer_files(model, revision=revision)),
+        vocab_size=model_config.vocab_size,
+        max_positions=model_config.max_position_embeddings,
         samples=config.samples,
         seqlen=config.seqlen,
         seed=config.seed,
         field=field,
     )
+    reader = open_checkpoint(model, revision=revision, allow_bin=allow_bin)
+    family = reader.family
+    plan = make_plan(reader.config, family, config)
+    check_output(
+        output, overwrite=overwrite, needed_bytes=_bytes_after(reader, plan), inputs=inputs
+    )
+    for name, tensor in reader.iter_tensors():
+        _check_weight(name, tensor)
     prefix = f"{family.layers_path}."
     records: list[tuple[dict[str, dict[str, Any]], float]] = []
     norms: dict[str, Tensor] = {}
     with CheckpointWriter(output, overwrite=overwrite) as writer:
-        others = {
-            name: reader.load(name)[""] for name in reader.tensors if not name.startswith(prefix)
-        }
+        others = reader.load_others()
+        if progress is not None:
+            progress(0, len(plan.layers))
         for layer in compress_layers(
             family,
             reader.config,
@@ -230,7 +253,7 @@ def compress_checkpoint(
             lambda index: reader.load(f"{prefix}{index}."),
             chosen.input_ids,
             device=device,
-            dtype=choose_dtype(config.dtype) or reader.dtype,
+            dtype=dtype or reader.dtype,
         ):
             writer.write_shard(
                 {f"{prefix}{layer.index}.{name}": t for name, t in layer.tensors.items()}
@@ -315,13 +338,11 @@ def compress_layers(
     for config_of_layers in (dense_config, compressed_config):
         # One kernel for models in memory and on disk, so that both give the same weights.
         config_of_layers._attn_implementation = "sdpa"
-    _check_finite(others, "")
     batches = _embed(family, dense_config, others, input_ids, mask, config, device, dtype)
     for index, layer_plan in enumerate(plan.layers):
         started = time.perf_counter()
         where = f"layers.{index}"
         original = {name: tensor.to(device) for name, tensor in load_layer(index).items()}
-        _check_finite(original, f"{where}.")
         needed = _inputs_needed(family, layer_plan)
         norms: dict[str, Tensor] = {}
         if needed:
@@ -506,7 +527,8 @@ def _compress_layer(
     modules[block] = layer_plan[block].to_dict()
     if layer_plan[block].kind == "channels":
         modules[block] |= _prune(tensors, family.ffn, layer_plan[block], norms, config)
-    _check_finite(tensors, f"{where}.", "the compressed weights hold")
+    for name, tensor in tensors.items():
+        _check_weight(f"{where}.{name}", tensor, "the compressed weight")
     return tensors, modules
 
 
@@ -589,12 +611,35 @@ def _relative(error: float, whole: float) -> float:
     return float((error / whole) ** 0.5) if whole else 0.0
 
 
-def _check_finite(
-    tensors: Mapping[str, Tensor], prefix: str, what: str = "the weights hold"
-) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise LorapError(f"{prefix}{name}: {what} NaN or inf")
+def _check_weight(name: str, tensor: Tensor, what: str = "the weight") -> None:
+    if not torch.isfinite(tensor).all():
+        raise LorapError(f"{name}: {what} holds NaN or inf")
+
+
+def _config_as_run(model: Any) -> PretrainedConfig:
+    """Return the configuration of a model in memory, untied where it runs with a head of its own.
+
+    Raises
+    ------
+    UsageError
+        If the model has no head, or its weights are elsewhere.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UsageError(
+            f"expected a model for causal language modelling, got {type(model).__name__}, which "
+            "has no head; load it with AutoModelForCausalLM"
+        )
+    away = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+    if away is not None:
+        raise UsageError(
+            f"{away} is offloaded; load the whole model into memory, or use compress_checkpoint"
+        )
+    config: PretrainedConfig = model.config
+    if config.tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = False
+    return config
 
 
 def _calibration_for(
@@ -608,8 +653,13 @@ def _calibration_for(
         "vocab_size": model.config.vocab_size,
         "max_positions": model.config.max_position_embeddings,
     }
-    if not isinstance(calibration, str | Path):
+    if isinstance(calibration, Tensor | np.ndarray):
         return calibration_from_ids(calibration, **limits)
+    if not isinstance(calibration, str | Path):
+        raise UsageError(
+            "calibration: expected a source, or token ids as a tensor or an array of shape (N, L), "
+            f"got {type(calibration).__name__}"
+        )
 
     def given() -> PreTrainedTokenizerBase:
         if tokenizer is None:
@@ -628,10 +678,14 @@ def _calibration_for(
 
 
 def _assemble(
-    family: Family, model: PreTrainedModel, plan: Plan, tensors: Mapping[str, Tensor]
+    family: Family,
+    model: PreTrainedModel,
+    model_config: PretrainedConfig,
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
 ) -> PreTrainedModel:
     """Build the compressed model around the tensors, without initialising it first."""
-    config = family.compressed_config(model.config, plan.structure())
+    config = family.compressed_config(model_config, plan.structure())
     with torch.device("meta"):
         compressed = family.model_class(config)
     compressed.load_state_dict(tensors, assign=True)
@@ -652,8 +706,9 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # A damaged tokenizer raises errors of many types.
         raise UsageError(
             f"{path}: the calibration source is text, and the model's tokenizer cannot be "
-            f"loaded: {error}"
+            f"loaded: {type(error).__name__}: {error}"
         ) from error

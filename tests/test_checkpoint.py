@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,6 +25,7 @@ from lorap.checkpoint import (
     REPORT,
     CheckpointWriter,
     check_output,
+    fetch_tokenizer_files,
     model_card,
     open_checkpoint,
     read_config,
@@ -87,12 +90,130 @@ def test_loaded_tensors_do_not_keep_the_file_mapped(tmp_path: Path) -> None:
     assert str(tmp_path / "model.safetensors") not in Path("/proc/self/maps").read_text()
 
 
-def test_rotary_tables_of_old_checkpoints_are_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["plain", "tied", "biased"])
+def test_what_lies_outside_the_layers_is_read_under_full_names(
+    variant: str, tmp_path: Path
+) -> None:
+    model = save_tiny_checkpoint(tmp_path, shard_size="20KB", **VARIANTS[variant])
+    reader = open_checkpoint(tmp_path)
+    others = reader.load_others()
+    expected = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert set(others) == (expected - {"lm_head.weight"} if variant == "tied" else expected)
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in others.items())
+    layers = [name for name in reader.tensors if name.startswith("model.layers.")]
+    assert len(layers) + len(others) == len(reader.keys())
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_all_tensors_are_gone_through_once_shard_by_shard(pickled: bool, tmp_path: Path) -> None:
+    model = save_tiny_checkpoint(tmp_path, shard_size="20KB")
+    if pickled:
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        for file in tmp_path.glob("model*"):
+            file.unlink()
+    reader = open_checkpoint(tmp_path, allow_bin=pickled)
+    seen: list[str] = []
+    for name, tensor in reader.iter_tensors():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, model.state_dict()[name])
+        seen.append(name)
+    assert sorted(seen) == sorted(reader.keys())
+    files = [reader.tensors[name].file for name in seen]
+    assert len(set(files)) == (1 if pickled else len(list(tmp_path.glob("model-*.safetensors"))))
+    switches = sum(a != b for a, b in pairwise(files))
+    assert switches == len(set(files)) - 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_tensors_gone_through_are_not_copied_and_let_go_one_by_one(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path)
+
+    def mapped() -> int:
+        file = str(tmp_path / "model.safetensors")
+        return Path("/proc/self/maps").read_text().count(file)
+
+    for _, tensor in open_checkpoint(tmp_path).iter_tensors():
+        assert tensor.numel()
+        del tensor
+        assert mapped() <= 1
+    assert mapped() == 0
+
+
+def test_tensors_that_no_model_reads_are_passed_over(tmp_path: Path) -> None:
     save_tiny_checkpoint(tmp_path)
     file = tmp_path / "model.safetensors"
-    state = load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.position_ids": torch.arange(64),
+        "model.layers.0.self_attn.mask": torch.ones(4, dtype=torch.bool),
+    }
+    save_file(load_file(file) | extra, file)
+    reader = open_checkpoint(tmp_path)
+    assert not set(extra) & set(reader.load())
+
+
+@pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
+def test_a_stored_head_that_differs_from_the_tied_embedding_is_kept(
+    shard_size: str, tmp_path: Path
+) -> None:
+    original = tmp_path / "original"
+    save_tiny_checkpoint(original, shard_size=shard_size)
+    edit_config(tie_word_embeddings=True)(original)
+    assert read_config(original).tie_word_embeddings
+    reader = open_checkpoint(original)
+    assert not reader.config.tie_word_embeddings
+    assert "lm_head.weight" in reader.tensors
+
+    config = LLAMA.compressed_config(reader.config, None)
+    with CheckpointWriter(tmp_path / "output") as writer:
+        writer.write_shard(reader.load())
+        output = writer.commit(config)
+    reloaded = AutoModelForCausalLM.from_pretrained(output)
+    assert torch.equal(reloaded.lm_head.weight, reader.load("lm_head.")["weight"])
+    assert not torch.equal(reloaded.lm_head.weight, reloaded.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_a_stored_head_that_is_the_tied_embedding_is_dropped(value: float, tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path, tie_word_embeddings=True)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    state["model.embed_tokens.weight"][0, 0] = value
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, file)
+    reader = open_checkpoint(tmp_path)
+    assert reader.config.tie_word_embeddings
+    assert "lm_head.weight" not in reader.tensors
+
+
+def test_a_head_of_another_type_than_the_tied_embedding_is_kept(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=True)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    # The same bytes, and other numbers.
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone().view(torch.float16)
     save_file(state, file)
-    assert not any("rotary" in name for name in open_checkpoint(tmp_path).load("model.layers.0."))
+    assert open_checkpoint(tmp_path).load("lm_head.")["weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
+def test_a_base_model_is_read_if_its_head_is_tied(shard_size: str, tmp_path: Path) -> None:
+    model = save_tiny_checkpoint(tmp_path, tie_word_embeddings=True)
+    (tmp_path / "model.safetensors").unlink()
+    model.model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    reader = open_checkpoint(tmp_path)
+    expected = model.state_dict()
+    del expected["lm_head.weight"]
+    loaded = reader.load()
+    assert set(loaded) == set(expected)
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert set(dict(reader.iter_tensors())) == set(expected)
+
+
+def test_a_base_model_without_a_head_is_refused(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path).model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="a base model without a language-modelling head"):
+        open_checkpoint(tmp_path)
 
 
 def test_pickled_weights_are_read_only_where_allowed(tmp_path: Path) -> None:
@@ -157,6 +278,11 @@ def edit_state(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[
     return edit
 
 
+def stored_as(dtype: torch.dtype) -> Callable[[Path], None]:
+    name = "model.layers.1.mlp.down_proj.weight"
+    return edit_state(lambda state: state.update({name: state[name].to(dtype)}))
+
+
 def cut(size: int) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         file = folder / "model.safetensors"
@@ -180,10 +306,8 @@ def cut(size: int) -> Callable[[Path], None]:
         (edit_config(intermediate_size=50), r"mlp.*has the shape .* expected \(50, 32\)"),
         (edit_state(lambda state: state.pop("model.norm.weight")), "norm.weight is missing"),
         (edit_state(lambda state: state.pop("lm_head.weight")), "lm_head.weight is missing"),
-        (
-            edit_state(lambda state: state.update(q=torch.zeros(2, dtype=torch.int8))),
-            "q is stored as I8",
-        ),
+        (stored_as(torch.int8), r"down_proj\.weight is stored as I8"),
+        (stored_as(torch.float8_e4m3fn), r"down_proj\.weight is stored as F8_E4M3"),
         (cut(4), "truncated"),
         (cut(400), "truncated"),
         (cut(-1), "truncated or damaged: expected .* bytes, got"),
@@ -203,11 +327,23 @@ def test_a_model_that_cannot_be_used_is_refused(
         open_checkpoint(tmp_path)
 
 
+def rename_shard(index: Path, shard: str, name: str) -> None:
+    """Place the shard elsewhere in the index; the file there would do."""
+    shutil.copy(index.parent / shard, index.parent.parent / shard)
+    index.write_text(index.read_text().replace(f'"{shard}"', f'"{name}"'))
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (lambda index, first: (index.parent / first).unlink(), "names the shard .* is missing"),
         (lambda index, first: index.write_text("{}"), "expected a weight_map"),
+        (lambda index, first: rename_shard(index, first, f"../{first}"), "got '../model-"),
+        (lambda index, first: rename_shard(index, first, f"x/../../{first}"), "got 'x/../../mod"),
+        (
+            lambda index, first: rename_shard(index, first, str(index.parent / first)),
+            "expected the names of files in its folder, got '/",
+        ),
         (
             lambda index, first: index.write_text(
                 index.read_text().replace('"weight_map": {', f'"weight_map": {{"x": "{first}",')
@@ -225,11 +361,12 @@ def test_a_model_that_cannot_be_used_is_refused(
 def test_damaged_shards_are_refused(
     edit: Callable[[Path, str], object], message: str, tmp_path: Path
 ) -> None:
-    save_tiny_checkpoint(tmp_path, shard_size="20KB")
-    first = min(file.name for file in tmp_path.glob("model-*.safetensors"))
-    edit(tmp_path / "model.safetensors.index.json", first)
+    folder = tmp_path / "model"
+    save_tiny_checkpoint(folder, shard_size="20KB")
+    first = min(file.name for file in folder.glob("model-*.safetensors"))
+    edit(folder / "model.safetensors.index.json", first)
     with pytest.raises(UsageError, match=message):
-        open_checkpoint(tmp_path)
+        open_checkpoint(folder)
 
 
 def test_names_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
@@ -245,6 +382,12 @@ def test_names_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path, revision="main")
     with pytest.raises(UsageError, match="neither a folder here nor a model on the hub"):
         open_checkpoint("not a name!")
+    with pytest.raises(UsageError, match="no such folder"):
+        fetch_tokenizer_files(tmp_path / "absent")
+    with pytest.raises(UsageError, match="revision belongs to a hub name"):
+        fetch_tokenizer_files(tmp_path, revision="main")
+    with pytest.raises(UsageError, match="neither a folder here nor a model on the hub"):
+        fetch_tokenizer_files("not a name!")
 
 
 def hub_error(name: str) -> Exception:
@@ -282,23 +425,92 @@ def test_a_hub_model_is_fetched_in_steps_the_configuration_first(
 ) -> None:
     original, cache = tmp_path / "original", tmp_path / "cache"
     save_tiny_checkpoint(original)
-    (original / "consolidated.safetensors").touch()
+    for other in (
+        "consolidated.safetensors",
+        "README.md",
+        "additional_chat_templates/tool.jinja",
+        "additional_chat_templates/old/tool.jinja",
+        "tokenizer/other.json",
+        "onnx/config.json",
+    ):
+        (original / other).parent.mkdir(exist_ok=True)
+        (original / other).touch()
     cache.mkdir()
+    on_hub = [str(file.relative_to(original)) for file in original.rglob("*") if file.is_file()]
 
-    def download(name: str, *, revision: str, allow_patterns: list[str], **_: Any) -> str:
+    def download(
+        name: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
         assert (name, revision) == ("owner/model", "v1")
-        for pattern in allow_patterns:
-            for file in original.glob(pattern):
-                shutil.copy(file, cache)
+        for file in filter_repo_objects(
+            on_hub, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            (cache / file).parent.mkdir(exist_ok=True)
+            shutil.copy(original / file, cache / file)
         return str(cache)
+
+    def fetched() -> set[str]:
+        return {str(file.relative_to(cache)) for file in cache.rglob("*") if file.is_file()}
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert read_config("owner/model", revision="v1").num_hidden_layers == 3
-    assert [file.name for file in cache.iterdir()] == ["config.json"]
+    assert fetched() == {"config.json"}
+    assert fetch_tokenizer_files("owner/model", revision="v1") == cache
+    side = {
+        "LICENSE.txt",
+        "README.md",
+        "additional_chat_templates/tool.jinja",
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert fetched() - {"special_tokens_map.json"} == side | {"config.json"}
+    assert len(AutoTokenizer.from_pretrained(cache)) == 96
     reader = open_checkpoint("owner/model", revision="v1")
     assert reader.path == cache
-    assert {"model.safetensors", "tokenizer.json", "LICENSE.txt"} <= set(names(cache))
-    assert not (cache / "consolidated.safetensors").exists()
+    assert fetched() - {"special_tokens_map.json"} == side | {"config.json", "model.safetensors"}
+
+
+def test_the_tokenizer_of_a_local_folder_is_where_it_is(tmp_path: Path) -> None:
+    assert fetch_tokenizer_files(str(tmp_path)) == tmp_path
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("link", ["tokenizer.model", "LICENSE", "additional_chat_templates"])
+def test_links_out_of_a_local_folder_are_refused(link: str, tmp_path: Path) -> None:
+    folder, secret = tmp_path / "model", tmp_path / "secret"
+    save_tiny_checkpoint(folder)
+    (folder / "NOTICE").symlink_to("LICENSE.txt")
+    open_checkpoint(folder)
+    secret.mkdir()
+    (secret / "key.jinja").write_text("secret")
+    (folder / link).symlink_to(secret if link.startswith("add") else secret / "key.jinja")
+    with pytest.raises(UsageError, match=rf"{link}.* leads out of its folder, to .*key"):
+        open_checkpoint(folder)
+    with CheckpointWriter(tmp_path / "output") as writer:
+        with pytest.raises(UsageError, match="leads out of its folder"):
+            writer.copy_side_files(folder)
+        assert not any("secret" in file.read_text() for file in writer.folder.rglob("*.jinja"))
+
+
+def test_the_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    repository = tmp_path / "models--owner--model"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123abcd"
+    save_tiny_checkpoint(blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
+    reader = open_checkpoint(snapshot)
+    with CheckpointWriter(tmp_path / "output") as writer:
+        writer.copy_side_files(reader.path)
+        copied = writer.folder / "LICENSE.txt"
+        assert not copied.is_symlink()
+        assert copied.read_bytes() == (blobs / "LICENSE.txt").read_bytes()
+    (snapshot / "NOTICE").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").write_text("secret")
+    with pytest.raises(UsageError, match="NOTICE leads out of its folder"):
+        open_checkpoint(snapshot)
 
 
 # Writing
@@ -461,13 +673,12 @@ def test_nan_in_a_report_is_refused(tmp_path: Path) -> None:
 
 def test_an_existing_output_is_replaced_only_if_asked_and_ours(tmp_path: Path) -> None:
     output = tmp_path / "output"
-    write(compressed(seed=1), output)
-    (output / "old.txt").touch()
+    write(compressed(seed=1), output, shards=2)
     with pytest.raises(UsageError, match="exists already; --overwrite"):
         CheckpointWriter(output)
     model = compressed(seed=2)
     write(model, output, overwrite=True)
-    assert not (output / "old.txt").exists()
+    assert not (output / "model.safetensors.index.json").exists()
     assert names(tmp_path) == ["output"]
     reloaded = AutoModelForCausalLM.from_pretrained(output)
     assert torch.equal(reloaded.lm_head.weight, model.lm_head.weight)
@@ -475,6 +686,107 @@ def test_an_existing_output_is_replaced_only_if_asked_and_ours(tmp_path: Path) -
     with pytest.raises(UsageError, match="neither empty nor a checkpoint of lorap"):
         CheckpointWriter(output, overwrite=True)
     assert (output / "config.json").exists()
+
+
+def foreign_folder(folder: Path) -> None:
+    save_tiny_checkpoint(folder / "original")
+
+
+@pytest.mark.parametrize(
+    ("add", "named"),
+    [
+        (lambda folder: (folder / "notes.txt").touch(), "notes.txt"),
+        (lambda folder: (folder / ".hidden").touch(), ".hidden"),
+        (foreign_folder, "original/"),
+        (lambda folder: (folder / "empty").mkdir(), "empty/"),
+        (lambda folder: (folder / "LICENSES").mkdir(), "LICENSES/"),
+        (lambda folder: (folder / "model-mine.safetensors").touch(), "model-mine.safetensors"),
+        (lambda folder: (folder / "LICENSE").symlink_to("config.json"), "LICENSE"),
+        (lambda folder: (folder / "tokenizer.model").symlink_to("/", True), "tokenizer.model"),
+        (
+            lambda folder: (folder / "additional_chat_templates" / "x.txt").touch(),
+            "additional_chat_templates/x.txt",
+        ),
+        (
+            lambda folder: (folder / "additional_chat_templates" / "x.jinja").mkdir(),
+            "additional_chat_templates/x.jinja/",
+        ),
+        (
+            lambda folder: [(folder / f"n{number}").touch() for number in range(5)],
+            "n0, n1, n2 and 2 more",
+        ),
+    ],
+)
+def test_what_lorap_did_not_write_is_never_deleted(
+    add: Callable[[Path], object], named: str, tmp_path: Path
+) -> None:
+    output, source = tmp_path / "output", tmp_path / "source"
+    save_tiny_checkpoint(source)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").touch()
+    model = compressed()
+
+    def run(meanwhile: Callable[[], object] = lambda: None) -> None:
+        with CheckpointWriter(output, overwrite=True) as writer:
+            writer.copy_side_files(source)
+            writer.write_shard(stored_state(model))
+            writer.write_text("README.md", "card")
+            for name in (REPORT, "lorap_report.html", "lorap_statistics.safetensors"):
+                writer.write_json(name, {})
+            meanwhile()
+            writer.commit(model.config)
+
+    run()
+    run()
+    entries = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
+    # Both when the run starts and, a second time, when it ends.
+    with pytest.raises(UsageError, match=f"lorap did not write {named} there"):
+        run(lambda: add(output))
+    with pytest.raises(UsageError, match=f"lorap did not write {named} there"):
+        check_output(output, overwrite=True)
+    assert names(tmp_path) in (["output", "source"], ["source", "output"])
+    assert all(file.stat().st_mtime_ns == time or file.is_dir() for file, time in entries.items())
+    assert set(entries) < set(output.rglob("*"))
+
+
+def test_an_original_that_holds_a_report_is_not_replaced(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path)
+    (tmp_path / "LICENSE.txt").unlink()
+    (tmp_path / REPORT).write_text("{}")
+    with pytest.raises(UsageError, match=r"nor a checkpoint of lorap \(expected a lorap_report"):
+        check_output(tmp_path, overwrite=True)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="nor a checkpoint of lorap"):
+        check_output(tmp_path, overwrite=True)
+
+
+def test_an_output_that_holds_an_input_is_refused(tmp_path: Path) -> None:
+    output = write(compressed(), tmp_path / "output")
+    (tmp_path / "link").symlink_to(output)
+    for given in (
+        output,
+        output / "lorap_report.json",
+        tmp_path / "link" / "lorap_report.json",
+        tmp_path / "x" / ".." / "output" / "model",
+    ):
+        with pytest.raises(UsageError, match=r"output is not replaced: .*, which is read"):
+            check_output(output, overwrite=True, inputs=[tmp_path / "other", given])
+    beside = [tmp_path, tmp_path / "output2", tmp_path / "output.jsonl"]
+    assert check_output(output, overwrite=True, inputs=beside) == output
+
+
+def test_a_name_as_long_as_names_may_be_is_written_and_a_longer_one_refused(
+    tmp_path: Path,
+) -> None:
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX")
+    output = tmp_path / ("x" * longest)
+    write(compressed(), output)
+    assert write(compressed(), output, overwrite=True) == output
+    assert names(tmp_path) == [output.name]
+    with pytest.raises(UsageError, match=r"cannot be written: .*File name too long"):
+        check_output(tmp_path / ("x" * (longest + 1)))
+    with pytest.raises(UsageError, match=r"cannot be written: .*File name too long"):
+        check_output(tmp_path / ("x" * (longest + 1)) / "output")
 
 
 def test_an_empty_folder_is_replaced_if_asked(tmp_path: Path) -> None:
@@ -556,7 +868,7 @@ SAMPLE_REPORT = {
     "parameters": {"before": 6738415616, "after": 5391000000},
     "calibration": {"source": "c4", "samples": 128, "seqlen": 128, "fingerprint": "ab12"},
     "versions": {"lorap": "0.1.0", "torch": "2.13.0"},
-    "command": ["lorap", "compress", "owner/model", "--ratio", "0.2", "--output", "my dir"],
+    "command": "lorap compress owner/model --ratio 0.2 --output 'my dir'",
 }
 
 
@@ -576,12 +888,27 @@ def test_the_card_says_what_was_done_and_how_to_load_it(tmp_path: Path) -> None:
         "19.99%",
         "5,391,000,000 of 6,738,415,616",
         "import lorap",
-        "trust_remote_code=True",
+        'from_pretrained("path/to/small", dtype="auto")',
+        'from_pretrained(..., dtype="auto", trust_remote_code=True)',
+        "owner/model, made smaller",
         "lorap compress owner/model --ratio 0.2 --output 'my dir'",
         "ab12",
         "torch 2.13.0",
     ):
         assert text in body
+
+
+def test_the_card_of_a_local_original_does_not_name_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parent" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for given in (tmp_path / "parent" / "llama", "parent/llama", "./parent/llama/"):
+        card = model_card(SAMPLE_REPORT | {"model": str(given)}, name="small")
+        _, front, body = card.split("---\n", 2)
+        assert "base_model" not in yaml.safe_load(front)
+        assert "\nllama, made smaller" in body
+        assert "parent" not in card
 
 
 @pytest.mark.parametrize("text", [None, "# no front matter", "---\n: [\n---\n", "---\nx\n---\n"])

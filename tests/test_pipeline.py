@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorap
@@ -138,7 +138,9 @@ def test_padding_never_counts(side: str) -> None:
     )
     settings = config(dtype="float64", ratio=0.4)
     expected = lorap.compress(model, settings, calibration=IDS).state_dict()
-    got = lorap.compress(model, settings, calibration=padded, attention_mask=mask).state_dict()
+    got = lorap.compress(
+        model, settings, calibration=padded, attention_mask=mask.numpy()
+    ).state_dict()
     counted = lorap.compress(model, settings, calibration=padded).state_dict()
 
     def product(state: dict[str, torch.Tensor], layer: int) -> torch.Tensor:
@@ -245,6 +247,23 @@ def test_report_and_companions(tmp_path: Path, ids_file: str) -> None:
         assert len(kept) == mlp["width"] == len(set(kept))
         up = original.model.layers[index].mlp.up_proj.weight
         assert torch.equal(model.model.layers[index].mlp.up_proj.weight, up[kept])
+        norms = load_file(tmp_path / "out" / "lorap_statistics.safetensors")
+        ffn = norms[f"model.layers.{index}.ffn"].numpy()
+        channels = norms[f"model.layers.{index}.down"].numpy()
+        dense = original.model.layers[index].mlp
+        scored = {
+            "gate": dense.gate_proj.weight.detach().double().numpy() * ffn,
+            "up": dense.up_proj.weight.detach().double().numpy() * ffn,
+            "down": (dense.down_proj.weight.detach().double().numpy() * channels).T,
+        }
+        gone = [channel for channel in range(48) if channel not in kept]
+        for role, rows in scored.items():
+            assert mlp["relative_weighted_error"][role] == pytest.approx(
+                np.linalg.norm(rows[gone]) / np.linalg.norm(rows), rel=1e-6
+            )
+        energy = sum(np.linalg.norm(rows) ** 2 for rows in scored.values())
+        held = sum(np.linalg.norm(rows[kept]) ** 2 for rows in scored.values())
+        assert mlp["retained_energy"] == pytest.approx(held / energy, rel=1e-6)
         cut = mlp["scores_at_cut"]
         assert cut["lowest_removed"] <= cut["highest_removed"] <= cut["lowest_of_top"]
         assert set(mlp["relative_weighted_error"]) == {"gate", "up", "down"}
@@ -288,6 +307,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, ids_file: str) -> Non
     before = sorted(tmp_path.iterdir())
 
     def interrupt(done: int, _: int) -> None:
+        assert done or not (tmp_path / "out").exists()
         if done == 2:
             raise KeyboardInterrupt
 
@@ -300,6 +320,14 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, ids_file: str) -> Non
             progress=interrupt,
         )
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_progress_is_told_before_the_first_layer_and_after_each() -> None:
+    calls: list[tuple[int, int]] = []
+    lorap.compress(
+        tiny_model(), config(), calibration=IDS, progress=lambda *call: calls.append(call)
+    )
+    assert calls == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -315,8 +343,95 @@ def test_weights_that_are_not_finite_are_named(name: str, value: float) -> None:
     model = tiny_model()
     with torch.no_grad():
         model.get_parameter(name).view(-1)[3] = value
-    with pytest.raises(LorapError, match=name.removeprefix("model.")):
-        lorap.compress(model, config(), calibration=IDS)
+    layers: list[int] = []
+    with pytest.raises(LorapError, match=f"{name}: the weight holds NaN or inf"):
+        lorap.compress(
+            model, config(), calibration=IDS, progress=lambda done, _: layers.append(done)
+        )
+    assert layers == []
+
+
+def test_weights_on_disk_are_checked_before_the_work(tmp_path: Path, ids_file: str) -> None:
+    model = save_tiny_checkpoint(tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    layers: list[int] = []
+    with pytest.raises(LorapError, match=r"model\.layers\.2\.mlp\.down_proj\.weight: the weight"):
+        lorap.compress_checkpoint(
+            tmp_path / "model",
+            tmp_path / "out",
+            config(),
+            calibration=ids_file,
+            progress=lambda done, _: layers.append(done),
+        )
+    assert layers == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_model_is_not_fetched_for_a_run_that_cannot_be(
+    tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_checkpoint(tmp_path / "model")
+    monkeypatch.setattr(pipeline, "open_checkpoint", lambda *_, **__: pytest.fail("fetched"))
+    for settings, calibration, message in (
+        (config(ratio=0.99), ids_file, "cannot be reached"),
+        (config(), str(tmp_path / "none.npy"), r"none\.npy"),
+        (config(seqlen=17), ids_file, "17"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            lorap.compress_checkpoint(
+                tmp_path / "model", tmp_path / "out", settings, calibration=calibration
+            )
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_head_of_its_own_stays_although_the_configuration_ties(
+    on_disk: bool, tmp_path: Path, ids_file: str
+) -> None:
+    untied = tiny_model(**VARIANTS["gqa"])
+    untied.config.tie_word_embeddings = True
+    if on_disk:
+        state = {name: tensor.contiguous() for name, tensor in untied.state_dict().items()}
+        save_tiny_checkpoint(tmp_path / "model", **VARIANTS["tied"])
+        save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+        lorap.compress_checkpoint(
+            tmp_path / "model", tmp_path / "out", config(), calibration=ids_file
+        )
+        compressed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    else:
+        compressed = lorap.compress(untied, config(), calibration=IDS)
+    assert torch.equal(compressed.lm_head.weight, untied.lm_head.weight)
+    assert torch.equal(compressed.model.embed_tokens.weight, untied.model.embed_tokens.weight)
+    assert not compressed.config.tie_word_embeddings
+
+
+def test_tensors_of_other_dtypes_change_nothing_between_memory_and_disk(
+    tmp_path: Path, ids_file: str
+) -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.float()
+    model.model.norm.weight.data = model.model.norm.weight.data.float()
+    model.save_pretrained(tmp_path / "model")
+    lorap.compress_checkpoint(tmp_path / "model", tmp_path / "out", config(), calibration=ids_file)
+    stored: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "out").glob("model-*.safetensors"):
+        stored |= load_file(file)
+    in_memory = lorap.compress(model, config(), calibration=IDS).state_dict()
+    assert stored.keys() == in_memory.keys()
+    for name, tensor in stored.items():
+        assert tensor.dtype == in_memory[name].dtype
+        assert torch.equal(tensor, in_memory[name])
+
+
+def test_what_is_no_whole_model_for_language_modelling_is_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(UsageError, match="no head; load it with AutoModelForCausalLM"):
+        lorap.compress(model.model, config(), calibration=IDS)
+    with pytest.raises(UsageError, match="offloaded"):
+        lorap.compress(model.to("meta"), config(), calibration=IDS)
+    with pytest.raises(UsageError, match=r"token ids as a tensor or an array .* got list"):
+        lorap.compress(tiny_model(), config(), calibration=IDS.tolist())
 
 
 def test_activations_that_overflow_are_named() -> None:

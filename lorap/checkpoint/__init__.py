@@ -2,7 +2,13 @@
 
 from lorap.checkpoint.card import model_card
 from lorap.checkpoint.files import CARD, REPORT
-from lorap.checkpoint.reader import CheckpointReader, StoredTensor, open_checkpoint, read_config
+from lorap.checkpoint.reader import (
+    CheckpointReader,
+    StoredTensor,
+    fetch_tokenizer_files,
+    open_checkpoint,
+    read_config,
+)
 from lorap.checkpoint.writer import CheckpointWriter, check_output
 
 __all__ = [
@@ -12,6 +18,7 @@ __all__ = [
     "CheckpointWriter",
     "StoredTensor",
     "check_output",
+    "fetch_tokenizer_files",
     "model_card",
     "open_checkpoint",
     "read_config",

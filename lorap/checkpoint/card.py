@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lorap.checkpoint.files import REPORT
+from lorap.checkpoint.files import CARD, REPORT
+from lorap.checkpoint.reader import is_local
 
 # Fields of the original's card that hold for the compressed model as well.
 _INHERITED = ("license", "license_name", "license_link", "language")
@@ -34,9 +34,13 @@ def model_card(report: Mapping[str, Any], *, name: str, original: Path | None = 
     """
     before, after = report["parameters"]["before"], report["parameters"]["after"]
     calibration = report["calibration"]
+    model, base = str(report["model"]), {"base_model": str(report["model"])}
+    if is_local(model):
+        # Neither the hub nor other readers know this machine's folders.
+        model, base = Path(model).expanduser().resolve().name, {}
     front = {
         **_inherited(original),
-        "base_model": str(report["model"]),
+        **base,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["lorap", "pruning", "low-rank"],
@@ -53,7 +57,7 @@ def model_card(report: Mapping[str, Any], *, name: str, original: Path | None = 
 
 # {name}
 
-{report["model"]}, made smaller with lorap: the attention projections are products of two thin
+{model}, made smaller with lorap: the attention projections are products of two thin
 matrices (activation-weighted SVD), and the feed-forward blocks keep their most important channels.
 
 | | |
@@ -74,17 +78,17 @@ With lorap installed:
 import lorap
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/{name}")
+model = AutoModelForCausalLM.from_pretrained("path/to/{name}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("path/to/{name}")
 ```
 
-Without it, `from_pretrained(..., trust_remote_code=True)` loads the classes from
+Without it, `from_pretrained(..., dtype="auto", trust_remote_code=True)` loads the classes from
 `modeling_lorap_llama.py` in this folder; the file imports torch and transformers only.
 
 ## How it was made
 
 ```
-{_command(report["command"])}
+{report["command"]}
 ```
 
 Calibration ids: sha256 `{calibration["fingerprint"]}`. Versions: {versions}.
@@ -93,7 +97,7 @@ Calibration ids: sha256 `{calibration["fingerprint"]}`. Versions: {versions}.
 
 def _inherited(original: Path | None) -> dict[str, Any]:
     """Return the fields of the original's card that still hold; none where it cannot be read."""
-    card = None if original is None else original / "README.md"
+    card = None if original is None else original / CARD
     if card is None or not card.is_file():
         return {}
     parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
@@ -106,7 +110,3 @@ def _inherited(original: Path | None) -> dict[str, Any]:
     if not isinstance(front, dict):
         return {}
     return {key: front[key] for key in _INHERITED if key in front}
-
-
-def _command(command: str | Sequence[str]) -> str:
-    return command if isinstance(command, str) else shlex.join(command)

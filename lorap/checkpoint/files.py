@@ -1,9 +1,17 @@
 """Names of the files of a checkpoint."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorap.errors import UsageError
+
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REPORT = "lorap_report.json"
 CARD = "README.md"
+TEMPLATES = "additional_chat_templates/*.jinja"
 
 # What goes from the original to the compressed checkpoint unchanged.
 SIDE_FILES = (
@@ -19,4 +27,33 @@ SIDE_FILES = (
     "LICENCE*",
     "NOTICE*",
     "USE_POLICY*",
+    TEMPLATES,
 )
+
+
+def side_files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint that are carried over unchanged.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the original checkpoint.
+
+    Raises
+    ------
+    UsageError
+        If one is a link out of the folder: what lies there is not the model's to pass on.
+    """
+    root = folder.resolve()
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        # The hub's cache: every file is a link to the repository's ../../blobs.
+        root = root.parent.parent
+    found = {file for pattern in SIDE_FILES for file in folder.glob(pattern) if file.is_file()}
+    for file in sorted(found):
+        target = file.resolve()
+        if not target.is_relative_to(root):
+            raise UsageError(
+                f"{file} leads out of its folder, to {target}: expected a file in the folder; "
+                "if it belongs to the model, copy it there"
+            )
+    return sorted(found)

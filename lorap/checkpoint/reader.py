@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lorap.checkpoint.files import INDEX, SIDE_FILES, WEIGHTS
+from lorap.checkpoint.files import (
+    CARD,
+    CONFIG,
+    INDEX,
+    SIDE_FILES,
+    TEMPLATES,
+    WEIGHTS,
+    side_files,
+)
 from lorap.errors import LorapError, UsageError
 from lorap.families import FAMILIES, Family, family_of
 
@@ -41,6 +49,8 @@ class StoredTensor:
     ----------
     file : Path
         The shard.
+    key : str
+        Its name there, which may lack the model's prefix.
     shape : tuple of int
         As stored.
     dtype : torch.dtype
@@ -48,6 +58,7 @@ class StoredTensor:
     """
 
     file: Path
+    key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -55,6 +66,24 @@ class StoredTensor:
     def size_bytes(self) -> int:
         """Bytes of the data."""
         return prod(self.shape) * self.dtype.itemsize
+
+
+class _Entry(NamedTuple):
+    """A tensor as a shard's header describes it; of a dtype that torch may not have."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+
+    def floating(self) -> StoredTensor:
+        """Return the tensor's place if it can be compressed."""
+        if isinstance(self.dtype, str) or self.dtype not in _DTYPES.values():
+            raise UsageError(
+                f"{self.file}: {self.key} is stored as {self.dtype}; expected float64, float32, "
+                "float16 or bfloat16 (a quantised model cannot be compressed)"
+            )
+        return StoredTensor(self.file, self.key, self.shape, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -68,7 +97,7 @@ class CheckpointReader:
     source : str
         As the user named it: a folder or a hub name.
     config : PretrainedConfig
-        Of the original model.
+        Of the original model. It ties the head to the embedding only where the weights do.
     family : Family
         The model's family.
     tensors : mapping
@@ -93,20 +122,15 @@ class CheckpointReader:
     @property
     def dtype(self) -> torch.dtype:
         """The type in which most of the model's bytes are stored."""
-        sizes: dict[torch.dtype, int] = {}
-        for tensor in self.tensors.values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size_bytes
-        return max(sizes, key=lambda dtype: sizes[dtype])
+        return main_dtype((tensor.dtype, tensor.size_bytes) for tensor in self.tensors.values())
 
-    def load(self, prefix: str = "", device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def load(self, prefix: str = "") -> dict[str, Tensor]:
         """Read the tensors whose names start with a prefix.
 
         Parameters
         ----------
         prefix : str
             For instance ``"model.layers.3."``; it is stripped from the names returned.
-        device : torch.device or str
-            Where the tensors are wanted.
 
         Returns
         -------
@@ -121,25 +145,65 @@ class CheckpointReader:
         names = [name for name in self.tensors if name.startswith(prefix)]
         if not names:
             raise KeyError(f"no tensor of {self.source} has a name that starts with {prefix!r}")
-        loaded: dict[str, Tensor] = {}
-        for file in dict.fromkeys(self.tensors[name].file for name in names):
-            wanted = [name for name in names if self.tensors[name].file == file]
-            # The copies let go of the mapped file, whose pages would stay resident.
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt", device="cpu") as handle:
-                    for name in wanted:
-                        loaded[name] = handle.get_tensor(name).to(device, copy=True)
-            else:
-                state = _load_bin(file)
-                for name in wanted:
-                    loaded[name] = state[name].to(device, copy=True)
-        return {name[len(prefix) :]: loaded[name] for name in names}
+        return {name[len(prefix) :]: tensor for name, tensor in self._copies(names).items()}
+
+    def load_others(self) -> dict[str, Tensor]:
+        """Read the tensors outside the decoder layers.
+
+        Returns
+        -------
+        dict
+            Tensors under their full names, in their stored dtype, in memory of their own.
+        """
+        prefix = f"{self.family.layers_path}."
+        return self._copies([name for name in self.tensors if not name.startswith(prefix)])
+
+    def iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Go through all the model's tensors, each once, shard by shard.
+
+        Yields
+        ------
+        tuple of str and Tensor
+            Full name and tensor, in its stored dtype. It is backed by the file itself, not copied:
+            do not write to it, and let go of it before the next, lest all of the model become
+            resident.
+        """
+        return _stream(self.tensors)
+
+    def _copies(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors, in the order of their names."""
+        wanted = {name: self.tensors[name] for name in names}
+        # The copies let go of the mapped file, whose pages would stay resident.
+        loaded = {name: tensor.clone() for name, tensor in _stream(wanted)}
+        return {name: loaded[name] for name in wanted}
+
+
+def main_dtype(parts: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """Return the dtype of most bytes.
+
+    Parameters
+    ----------
+    parts : iterable of (dtype, int)
+        Dtype and bytes of each tensor.
+    """
+    sizes: dict[torch.dtype, int] = {}
+    for dtype, size in parts:
+        sizes[dtype] = sizes.get(dtype, 0) + size
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def open_checkpoint(
     model: str | Path, *, revision: str | None = None, allow_bin: bool = False
 ) -> CheckpointReader:
-    """Find a model and check all that can be checked without reading its weights.
+    """Find a model and check all that can be checked without reading its layers' weights.
+
+    Of a hub name, everything is downloaded; :func:`read_config` and :func:`fetch_tokenizer_files`
+    fetch the small files alone.
+
+    Where the configuration ties the head to the embedding but the two are stored and differ,
+    transformers runs the model with its own head: then it counts as untied, in the reader's
+    configuration too. The weights of a base model, stored without the prefix ``model.``, are
+    found if the head is tied.
 
     Parameters
     ----------
@@ -154,24 +218,34 @@ def open_checkpoint(
     ------
     UsageError
         If the model cannot be found or had, is of a type that is not supported, quantised or
-        already compressed, has no usable weights, or misses a file or tensor.
+        already compressed, has no usable weights, misses a file or tensor, or holds a link to a
+        file outside its folder.
     LorapError
         If the hub cannot be reached.
     """
     source = str(model)
     path, config = _find_config(model, revision)
     family = family_of(config)
-    if not _is_local(model):
-        _download(source, revision, [*SIDE_FILES, INDEX, BIN_INDEX])
+    if not is_local(model):
+        _fetch_side_files(source, revision)
+        _download(source, revision, [INDEX, BIN_INDEX])
         _download(source, revision, ["model*.safetensors"])
         if allow_bin and not (path / WEIGHTS).exists() and not (path / INDEX).exists():
             _download(source, revision, ["pytorch_model*.bin"])
-    stored = _stored_tensors(path, source, allow_bin)
+    side_files(path)
+    stored = _prefixed(_stored_tensors(path, source, allow_bin), family)
+    if config.tie_word_embeddings and _has_own_head(stored, family):
+        config.tie_word_embeddings = False
     try:
         expected = family.tensor_shapes(family.compressed_config(config, None))
     except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
         # transformers 4 takes any value, and fails where the model is built from it.
-        raise UsageError(f"{path / 'config.json'}: not a usable configuration: {error}") from error
+        raise UsageError(f"{path / CONFIG}: not a usable configuration: {error}") from error
+    if set(expected) - set(stored) == {family.head}:
+        raise UsageError(
+            f"{source} is a base model without a language-modelling head: {family.head} is "
+            "missing, and its config.json does not tie the head to the embedding"
+        )
     tensors = _match(stored, expected, source)
     return CheckpointReader(path, source, config, family, tensors)
 
@@ -190,7 +264,7 @@ def open_compressed(folder: str | Path) -> CheckpointReader:
         If it is no folder of a compressed model, or its files are damaged.
     """
     path = Path(folder).expanduser()
-    file = path / "config.json"
+    file = path / CONFIG
     if not file.is_file():
         raise UsageError(f"{folder}: expected the folder of a compressed model: no config.json")
     model_type = _read_json(file).get("model_type")
@@ -207,11 +281,15 @@ def open_compressed(folder: str | Path) -> CheckpointReader:
         # transformers raises many types here, those of its validators among them.
         raise UsageError(f"{file}: not a usable configuration: {error}") from error
     stored = _stored_tensors(path, str(folder), allow_bin=False)
-    return CheckpointReader(path, str(folder), config, family, stored)
+    tensors = {name: entry.floating() for name, entry in stored.items()}
+    return CheckpointReader(path, str(folder), config, family, tensors)
 
 
 def read_config(model: str | Path, *, revision: str | None = None) -> PretrainedConfig:
     """Return the configuration of a model that can be compressed, without its weights.
+
+    It says that the head is tied to the embedding wherever ``config.json`` does; that the weights
+    disagree is seen by :func:`open_checkpoint` only.
 
     Parameters
     ----------
@@ -231,7 +309,29 @@ def read_config(model: str | Path, *, revision: str | None = None) -> Pretrained
     return _find_config(model, revision)[1]
 
 
-def _is_local(model: str | Path) -> bool:
+def fetch_tokenizer_files(model: str | Path, *, revision: str | None = None) -> Path:
+    """Return a folder that holds a model's tokenizer, without downloading its weights.
+
+    Parameters
+    ----------
+    model : str or Path
+        A local folder, which is returned itself, or a hub name.
+    revision : str, optional
+        Branch, tag or commit of a hub name.
+
+    Raises
+    ------
+    UsageError
+        If there is no such model.
+    LorapError
+        If the hub cannot be reached.
+    """
+    if is_local(model):
+        return _local_folder(model, revision)
+    return _fetch_side_files(str(model), revision)
+
+
+def is_local(model: str | Path) -> bool:
     """Whether a name means a folder: it exists, or cannot be a hub name."""
     text = str(model)
     looks_like_path = isinstance(model, Path) or text.startswith((".", "/", "~"))
@@ -241,17 +341,11 @@ def _is_local(model: str | Path) -> bool:
 def _find_config(model: str | Path, revision: str | None) -> tuple[Path, PretrainedConfig]:
     from transformers import AutoConfig
 
-    if _is_local(model):
-        path = Path(model).expanduser()
-        if revision is not None:
-            raise UsageError(f"a revision belongs to a hub name, and {model} is a local folder")
-        if not path.exists():
-            raise UsageError(f"{model}: no such folder")
-        if not path.is_dir():
-            raise UsageError(f"{model}: expected a model folder, got a file")
+    if is_local(model):
+        path = _local_folder(model, revision)
     else:
-        path = _download(str(model), revision, ["config.json"])
-    file = path / "config.json"
+        path = _download(str(model), revision, [CONFIG])
+    file = path / CONFIG
     if not file.is_file():
         raise UsageError(f"{model} is not a model folder: it holds no config.json")
     values = _read_json(file)
@@ -264,8 +358,30 @@ def _find_config(model: str | Path, revision: str | None) -> tuple[Path, Pretrai
     return path, config
 
 
-def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """Fetch the files of a hub repository that match, and return their folder."""
+def _local_folder(model: str | Path, revision: str | None) -> Path:
+    path = Path(model).expanduser()
+    if revision is not None:
+        raise UsageError(f"a revision belongs to a hub name, and {model} is a local folder")
+    if not path.exists():
+        raise UsageError(f"{model}: no such folder")
+    if not path.is_dir():
+        raise UsageError(f"{model}: expected a model folder, got a file")
+    return path
+
+
+def _fetch_side_files(name: str, revision: str | None) -> Path:
+    """Fetch what is carried over, and the card, whose licence is."""
+    _download(name, revision, [TEMPLATES], ignored="*/*/*")
+    return _download(name, revision, [*SIDE_FILES, CARD])
+
+
+def _download(
+    name: str, revision: str | None, patterns: list[str], *, ignored: str = "*/*"
+) -> Path:
+    """Fetch the files of a hub repository that match, and return their folder.
+
+    The hub's ``*`` matches slashes too; `ignored` keeps files of deeper folders away.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -278,7 +394,7 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
     try:
         folder = snapshot_download(
-            name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=[ignored]
         )
     except GatedRepoError as error:
         raise UsageError(
@@ -314,7 +430,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _stored_tensors(path: Path, source: str, allow_bin: bool) -> dict[str, StoredTensor]:
+def _stored_tensors(path: Path, source: str, allow_bin: bool) -> dict[str, _Entry]:
     """Return what the checkpoint's shards hold, by the headers alone."""
     if (path / WEIGHTS).exists():
         return _safetensors_header(path / WEIGHTS)
@@ -334,11 +450,16 @@ def _stored_tensors(path: Path, source: str, allow_bin: bool) -> dict[str, Store
     return _indexed(path, BIN_INDEX)
 
 
-def _indexed(path: Path, index: str) -> dict[str, StoredTensor]:
+def _indexed(path: Path, index: str) -> dict[str, _Entry]:
     weight_map = _read_json(path / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{path / index}: expected a weight_map from tensors to files")
-    headers: dict[str, dict[str, StoredTensor]] = {}
+    headers: dict[str, dict[str, _Entry]] = {}
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or PurePath(shard).is_absolute() or ".." in shard.split("/"):
+            raise UsageError(
+                f"{path / index}: expected the names of files in its folder, got {shard!r}"
+            )
     for shard in sorted(set(weight_map.values())):
         file = path / shard
         if not file.is_file():
@@ -351,7 +472,7 @@ def _indexed(path: Path, index: str) -> dict[str, StoredTensor]:
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 
-def _safetensors_header(file: Path) -> dict[str, StoredTensor]:
+def _safetensors_header(file: Path) -> dict[str, _Entry]:
     size = file.stat().st_size
     with file.open("rb") as handle:
         prefix = handle.read(8)
@@ -363,7 +484,10 @@ def _safetensors_header(file: Path) -> dict[str, StoredTensor]:
             header.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
             entries = {
-                name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()
+                name: _Entry(
+                    file, name, tuple(entry["shape"]), _DTYPES.get(entry["dtype"], entry["dtype"])
+                )
+                for name, entry in header.items()
             }
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise UsageError(f"{file} is no safetensors file: its header is damaged") from error
@@ -371,18 +495,13 @@ def _safetensors_header(file: Path) -> dict[str, StoredTensor]:
         raise UsageError(
             f"{file} is truncated or damaged: expected {8 + length + end} bytes, got {size}"
         )
-    return {
-        name: StoredTensor(file, shape, _floating(_DTYPES.get(dtype, dtype), name, file))
-        for name, (dtype, shape) in entries.items()
-        if not _is_buffer(name)
-    }
+    return entries
 
 
-def _bin_header(file: Path) -> dict[str, StoredTensor]:
+def _bin_header(file: Path) -> dict[str, _Entry]:
     return {
-        name: StoredTensor(file, tuple(tensor.shape), _floating(tensor.dtype, name, file))
+        name: _Entry(file, name, tuple(tensor.shape), tensor.dtype)
         for name, tensor in _load_bin(file).items()
-        if not _is_buffer(name)
     }
 
 
@@ -403,22 +522,47 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _is_buffer(name: str) -> bool:
-    """Whether a tensor is a rotary table, which old checkpoints hold and no model reads."""
-    return name.endswith("rotary_emb.inv_freq")
+def _stream(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors file by file; see :meth:`CheckpointReader.iter_tensors`."""
+    for file in dict.fromkeys(tensor.file for tensor in tensors.values()):
+        wanted = {name: tensor.key for name, tensor in tensors.items() if tensor.file == file}
+        if file.suffix == ".safetensors":
+            for name, key in wanted.items():
+                # Opened for each: pages once read stay resident as long as the file is mapped.
+                with safe_open(file, framework="pt", device="cpu") as handle:
+                    yield name, handle.get_tensor(key)
+        else:
+            state = _load_bin(file)
+            for name, key in wanted.items():
+                yield name, state[key]
 
 
-def _floating(dtype: torch.dtype | str, name: str, file: Path) -> torch.dtype:
-    if isinstance(dtype, str) or dtype not in _DTYPES.values():
-        raise UsageError(
-            f"{file}: {name} is stored as {dtype}; expected float64, float32, float16 or bfloat16 "
-            "(a quantised model cannot be compressed)"
-        )
-    return dtype
+def _prefixed(stored: Mapping[str, _Entry], family: Family) -> Mapping[str, _Entry]:
+    """Return the tensors under the names of the model with a head, if a base model was saved."""
+    prefix = family.base_prefix
+    if any(name.startswith(prefix) for name in stored):
+        return stored
+    return {
+        name if name == family.head else f"{prefix}{name}": entry for name, entry in stored.items()
+    }
+
+
+def _has_own_head(stored: Mapping[str, _Entry], family: Family) -> bool:
+    """Whether a head is stored that is not, bit for bit, the embedding."""
+    if family.embedding not in stored or family.head not in stored:
+        return False
+    head, embedding = stored[family.head].floating(), stored[family.embedding].floating()
+    if head.dtype != embedding.dtype:
+        return True
+    first, second = (tensor for _, tensor in _stream({"head": head, "embedding": embedding}))
+    # NaN equals itself as bytes only.
+    return not torch.equal(
+        first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8)
+    )
 
 
 def _match(
-    stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], source: str
+    stored: Mapping[str, _Entry], expected: Mapping[str, tuple[int, ...]], source: str
 ) -> dict[str, StoredTensor]:
     """Return the tensors that the model needs, or say what the first misfit is."""
     for name, shape in expected.items():
@@ -429,4 +573,4 @@ def _match(
                 f"{source} does not fit its config.json: {name} has the shape "
                 f"{stored[name].shape}, expected {shape}"
             )
-    return {name: stored[name] for name in expected}
+    return {name: stored[name].floating() for name in expected}

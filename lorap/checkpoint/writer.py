@@ -9,7 +9,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorap.checkpoint.files import INDEX, REPORT, SIDE_FILES, WEIGHTS
+from lorap.checkpoint.files import CARD, CONFIG, INDEX, REPORT, SIDE_FILES, WEIGHTS, side_files
 from lorap.errors import LorapError, UsageError
 from lorap.families import FAMILIES, Family
 
@@ -26,7 +27,28 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def check_output(output: str | Path, *, overwrite: bool = False, needed_bytes: int = 0) -> Path:
+# All that a checkpoint of lorap consists of.
+_OWN_FILES = (
+    *SIDE_FILES,
+    CARD,
+    CONFIG,
+    WEIGHTS,
+    "model-[0-9]*-of-[0-9]*.safetensors",
+    INDEX,
+    *(family.modeling_file.name for family in FAMILIES.values()),
+    "lorap_*.json",
+    "lorap_*.safetensors",
+    "lorap_*.html",
+)
+
+
+def check_output(
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    needed_bytes: int = 0,
+    inputs: Sequence[Path] = (),
+) -> Path:
     """Return the resolved output folder if a checkpoint can be written there.
 
     Parameters
@@ -34,33 +56,35 @@ def check_output(output: str | Path, *, overwrite: bool = False, needed_bytes: i
     output : str or Path
         The folder that shall hold the checkpoint.
     overwrite : bool
-        Whether an existing one may be replaced: an empty folder, or a checkpoint of lorap.
+        Whether an existing one may be replaced: an empty folder, or a checkpoint of lorap that
+        holds nothing else.
     needed_bytes : int
         Disk space that the checkpoint takes. A replaced one counts as well, since it stays until
         the new one is whole.
+    inputs : sequence of Path
+        Files and folders that the checkpoint is made from: none may lie in the output.
 
     Raises
     ------
     UsageError
-        If the output exists and may not be replaced, cannot be written, or the disk is too full.
+        If the output exists and may not be replaced, holds an input, cannot be written, or the
+        disk is too full.
     """
     path = Path(output).expanduser().resolve()
-    if path.is_dir():
-        if not overwrite:
-            raise UsageError(f"{output} exists already; --overwrite replaces it")
-        if any(path.iterdir()) and not (path / REPORT).is_file():
-            raise UsageError(
-                f"{output} is not replaced: it is neither empty nor a checkpoint of lorap "
-                f"(it holds no {REPORT})"
-            )
-    elif path.exists():
-        raise UsageError(f"{output}: expected a folder, got a file")
-    ancestor = _existing_ancestor(path.parent)
     try:
+        _check_existing(path, output, overwrite)
+        for given in inputs:
+            if given.expanduser().resolve().is_relative_to(path):
+                raise UsageError(
+                    f"{output} is not replaced: {given}, which is read, is the same or lies in it"
+                )
+        ancestor = _existing_ancestor(path.parent)
         with tempfile.TemporaryDirectory(prefix=".lorap.", dir=ancestor):
             pass
     except OSError as error:
-        raise UsageError(f"{output} cannot be written: {ancestor}: {error.strerror}") from error
+        raise UsageError(
+            f"{output} cannot be written: {error.filename or path}: {error.strerror}"
+        ) from error
     free = shutil.disk_usage(ancestor).free
     if free < needed_bytes:
         raise UsageError(
@@ -68,6 +92,54 @@ def check_output(output: str | Path, *, overwrite: bool = False, needed_bytes: i
             "free"
         )
     return path
+
+
+def _check_existing(path: Path, output: str | Path, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UsageError(f"{output}: expected a folder, got a file")
+    if not overwrite:
+        raise UsageError(f"{output} exists already; --overwrite replaces it")
+    if not any(path.iterdir()):
+        return
+    if not _is_compressed(path):
+        raise UsageError(
+            f"{output} is not replaced: it is neither empty nor a checkpoint of lorap "
+            f"(expected a {REPORT}, and a {CONFIG} of a compressed model)"
+        )
+    foreign = list(_foreign_entries(path))
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise UsageError(
+            f"{output} is not replaced: lorap did not write {', '.join(foreign[:3])}{more} there, "
+            "which would be lost"
+        )
+
+
+def _is_compressed(folder: Path) -> bool:
+    """Whether a folder says of itself that lorap wrote it."""
+    if not (folder / REPORT).is_file():
+        return False
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    types = {family.compressed_type for family in FAMILIES.values()}
+    return isinstance(config, dict) and config.get("model_type") in types
+
+
+def _foreign_entries(folder: Path, start: str = "") -> Iterator[str]:
+    """Yield the names of what lorap does not write: other files, folders, and all links."""
+    for entry in sorted(folder.iterdir()):
+        name = f"{start}{entry.name}"
+        if entry.is_dir() and not entry.is_symlink():
+            if any(pattern.startswith(f"{name}/") for pattern in _OWN_FILES):
+                yield from _foreign_entries(entry, f"{name}/")
+            else:
+                yield f"{name}/"
+        elif entry.is_symlink() or not any(fnmatchcase(name, pattern) for pattern in _OWN_FILES):
+            yield name
 
 
 class CheckpointWriter:
@@ -80,7 +152,7 @@ class CheckpointWriter:
     ----------
     output : str or Path
         The folder that shall hold the checkpoint.
-    overwrite, needed_bytes
+    overwrite : bool
         As for :func:`check_output`.
 
     Raises
@@ -89,17 +161,16 @@ class CheckpointWriter:
         As :func:`check_output`.
     """
 
-    def __init__(
-        self, output: str | Path, *, overwrite: bool = False, needed_bytes: int = 0
-    ) -> None:
-        self.output = check_output(output, overwrite=overwrite, needed_bytes=needed_bytes)
+    def __init__(self, output: str | Path, *, overwrite: bool = False) -> None:
+        self.output = check_output(output, overwrite=overwrite)
         self._overwrite = overwrite
         self._staging = self._sibling("partial")
         self._made: list[Path] = []
         self._shards: list[dict[str, Tensor]] = []
 
     def _sibling(self, suffix: str) -> Path:
-        return self.output.parent / f".{self.output.name}.{secrets.token_hex(4)}.{suffix}"
+        # Without the output's name, which may leave no room for more.
+        return self.output.parent / f".lorap-{secrets.token_hex(4)}.{suffix}"
 
     @property
     def folder(self) -> Path:
@@ -178,10 +249,13 @@ class CheckpointWriter:
         ----------
         source : Path
             Folder of the original checkpoint.
+
+        Raises
+        ------
+        UsageError
+            If a file is a link out of the folder.
         """
-        files = {file for pattern in SIDE_FILES for file in source.glob(pattern) if file.is_file()}
-        files |= set(source.glob("additional_chat_templates/*.jinja"))
-        for file in sorted(files):
+        for file in side_files(source):
             self._write_bytes(str(file.relative_to(source)), file.read_bytes())
 
     def commit(self, config: PretrainedConfig) -> Path:
@@ -200,8 +274,9 @@ class CheckpointWriter:
         Raises
         ------
         LorapError
-            If the tensors written are not those that the configuration asks for, or the output
-            was created meanwhile.
+            If the tensors written are not those that the configuration asks for.
+        UsageError
+            If the output, or something in it that lorap does not write, was created meanwhile.
         """
         family = _family_of_compressed(config)
         written = {name: tensor for shard in self._shards for name, tensor in shard.items()}
@@ -219,7 +294,7 @@ class CheckpointWriter:
         config.architectures = [f"{family.class_prefix}ForCausalLM"]
         if config.dtype is None:
             config.dtype = next(iter(written.values())).dtype
-        self.write_text("config.json", config.to_json_string(use_diff=True))
+        self.write_text(CONFIG, config.to_json_string(use_diff=True))
         self._write_bytes(family.modeling_file.name, family.modeling_file.read_bytes())
 
     def _name_shards(self) -> None:

@@ -44,6 +44,8 @@ class Family:
         Name of the feed-forward block in a decoder layer.
     layers_path : str
         Prefix of the decoder layers in the names of the checkpoint's tensors.
+    embedding, head : str
+        Names of the token embedding's and the language-modelling head's weights.
     """
 
     model_type: str
@@ -53,11 +55,18 @@ class Family:
     ffn: Mapping[str, str]
     ffn_block: str
     layers_path: str
+    embedding: str
+    head: str
 
     @property
     def compressed_type(self) -> str:
         """``model_type`` of the compressed form."""
         return f"lorap_{self.model_type}"
+
+    @property
+    def base_prefix(self) -> str:
+        """Prefix of the names of all tensors but the head's, with its dot."""
+        return f"{self.layers_path.split('.')[0]}."
 
     @property
     def modeling_file(self) -> Path:
@@ -141,7 +150,7 @@ class Family:
             model = self.model_class(config)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if config.tie_word_embeddings:
-            del shapes["lm_head.weight"]
+            del shapes[self.head]
         return shapes
 
     def register(self, module: ModuleType) -> None:

@@ -19,4 +19,6 @@ LLAMA = Family(
     ffn=MappingProxyType({"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}),
     ffn_block="mlp",
     layers_path="model.layers",
+    embedding="model.embed_tokens.weight",
+    head="lm_head.weight",
 )

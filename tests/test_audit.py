@@ -1,0 +1,641 @@
+"""The audit passes what compress writes, in every form, and fails on each thing that is planted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+import lorap
+from lorap import cli
+from lorap.audit import AuditResult, Check, audit
+from lorap.config import CompressionConfig, Override
+from lorap.errors import UsageError
+from lorap.report import CALIBRATION_FILE, REPORT_FILE, STATISTICS_FILE
+from tests.tiny_models import VARIANTS, save_tiny_checkpoint, token_ids
+
+SHARED = Path(os.environ.get("LORAP_SHARED", Path(__file__).parents[2] / "shared"))
+STORIES = SHARED / "models" / "stories260K"
+EMBEDDED = Path(lorap.__file__).parent / "demo" / "model"
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYER = "model.layers.1."
+
+Tamper = Callable[[Path], None]
+
+
+def compress(original: Path, output: Path, ids: Tensor, **settings: Any) -> Path:
+    file = output.with_suffix(".npy")
+    np.save(file, ids.numpy())
+    values = {"ratio": 0.3, "samples": ids.shape[0], "seqlen": ids.shape[1], "device": "cpu"}
+    lorap.compress_checkpoint(
+        original, output, CompressionConfig(**(values | settings)), calibration=str(file)
+    )
+    return output
+
+
+def change(folder: Path, name: str, edit: Callable[[Tensor], Tensor]) -> None:
+    """Replace a tensor of a checkpoint."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name] = edit(tensors[name].clone()).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def change_report(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    file = folder / REPORT_FILE
+    report = json.loads(file.read_text())
+    edit(report)
+    file.write_text(json.dumps(report))
+
+
+def next_up(at: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """One unit in the last place of one entry."""
+
+    def edit(tensor: Tensor) -> Tensor:
+        bits = tensor.view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
+        bits[at] += 1
+        return tensor
+
+    return edit
+
+
+def one_percent(at: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    def edit(tensor: Tensor) -> Tensor:
+        before = tensor[at].clone()
+        tensor[at] *= 1.01
+        assert tensor[at] != before
+        return tensor
+
+    return edit
+
+
+def breaches(result: AuditResult) -> dict[str, list[Check]]:
+    return {
+        module.name: [check for check in module.checks if not check.passed]
+        for module in result.modules
+        if not module.passed
+    }
+
+
+def assert_passes(result: AuditResult) -> None:
+    assert result.passed, breaches(result)
+    assert len(result.modules) > 3
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """An original and its compressed form; grouped queries, biases, v and o factored too."""
+    folder = tmp_path_factory.mktemp("pair")
+    traits = VARIANTS["gqa"] | VARIANTS["biased"]
+    save_tiny_checkpoint(folder / "original", seed=3, dtype=request.param, **traits)
+    compress(folder / "original", folder / "compressed", token_ids(8, 24), least_important=0.05)
+    return folder / "original", folder / "compressed"
+
+
+@pytest.fixture(scope="module")
+def plain_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same in float32 alone, where the dtype does not matter."""
+    folder = tmp_path_factory.mktemp("plain")
+    save_tiny_checkpoint(folder / "original", seed=3, **(VARIANTS["gqa"] | VARIANTS["biased"]))
+    compress(folder / "original", folder / "compressed", token_ids(8, 24), least_important=0.05)
+    return folder / "original", folder / "compressed"
+
+
+def tampered(pair: tuple[Path, Path], tmp_path: Path, tamper: Tamper) -> AuditResult:
+    copy = tmp_path / "copy"
+    shutil.copytree(pair[1], copy)
+    tamper(copy)
+    return audit(pair[0], copy)
+
+
+# --- what passes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_passes(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path / "original", dtype=dtype, **VARIANTS[variant])
+    output = compress(tmp_path / "original", tmp_path / "out", token_ids(6, 20))
+    result = audit(tmp_path / "original", output)
+    assert_passes(result)
+    assert result.storage == result.compute == str(dtype).removeprefix("torch.")
+    assert result.layers == (0, 1, 2)
+    names = {module.name for module in result.modules}
+    assert {"layers.0.self_attn.q_proj", "layers.2.mlp", "model.norm.weight"} <= names
+    assert ("lm_head.weight" in names) == (variant != "tied")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ratio_scope": "layer", "ratio": 0.5},
+        {"weighting": "eq6", "aggregation": "l1"},
+        {"aggregation": "linf", "least_important": 0.1},
+        {"sublayers": ("mha",), "ratio": 0.1},
+        {"sublayers": ("ffn",)},
+        {"allocation": 1.5},
+        {"dtype": "bfloat16"},
+        {"dtype": "float64"},
+        {
+            "overrides": (
+                Override("layers.0", skip=True),
+                Override("layers.1.self_attn", ratio=0.6),
+                Override("layers.*.o_proj", ratio=0.4),
+                Override("layers.2.self_attn.q_proj", rank=7),
+                Override("layers.2.mlp", width=30),
+            )
+        },
+        {"ratio": None, "overrides": (Override("layers.*", skip=True),)},
+        {"ratio_scope": "layer", "overrides": (Override("layers.[01].mlp", ratio=0.7),)},
+    ],
+    ids=str,
+)
+def test_every_setting_passes(settings: dict[str, Any], tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path / "original", **VARIANTS["gqa"])
+    output = compress(tmp_path / "original", tmp_path / "out", token_ids(6, 20), **settings)
+    assert_passes(audit(tmp_path / "original", output))
+
+
+def test_more_directions_than_the_data_has_pass(tmp_path: Path) -> None:
+    """Dead features: most of the embedding is zero, so W D has a rank below the one planned."""
+    model = save_tiny_checkpoint(tmp_path / "original")
+    model.model.embed_tokens.weight.data[:, 3:] = 0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data[3:] = 0
+        layer.mlp.down_proj.weight.data[3:] = 0
+    model.save_pretrained(tmp_path / "original")
+    output = compress(tmp_path / "original", tmp_path / "out", token_ids(6, 20))
+    result = audit(tmp_path / "original", output)
+    assert_passes(result)
+    checks = {check.name for module in result.modules for check in module.checks}
+    assert "projection" in checks
+
+
+@pytest.mark.parametrize("c", [4.0, 0.125, 3.7, -1 / 3])
+def test_rescaled_factors_pass(pair: tuple[Path, Path], c: float, tmp_path: Path) -> None:
+    def tamper(folder: Path) -> None:
+        for name in ("q", "k", "v", "o"):
+            change(folder, f"{LAYER}self_attn.{name}_proj.left.weight", lambda L: L * c)
+            change(folder, f"{LAYER}self_attn.{name}_proj.right.weight", lambda R: R / c)
+
+    result = tampered(pair, tmp_path, tamper)
+    assert_passes(result)
+
+
+def test_factors_in_another_basis_pass(tmp_path: Path) -> None:
+    """The product is what counts: balanced factors, as the authors store them, are as good."""
+    save_tiny_checkpoint(tmp_path / "original", dtype=torch.float32)
+    output = compress(tmp_path / "original", tmp_path / "out", token_ids(6, 20))
+    name = f"{LAYER}self_attn.q_proj."
+    right: list[Tensor] = []
+    change(output, f"{name}right.weight", lambda R: right.append(R.clone()) or R)
+    rank = right[0].shape[0]
+    mix = torch.randn(rank, rank, generator=torch.Generator().manual_seed(0)).double()
+    basis = torch.linalg.qr(mix).Q * torch.linspace(0.5, 2, rank)
+    change(output, f"{name}left.weight", lambda L: (L.double() @ basis).float())
+    change(output, f"{name}right.weight", lambda R: torch.linalg.solve(basis, R.double()).float())
+    result = audit(tmp_path / "original", output)
+    assert_passes(result)
+
+
+# --- what is caught ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        (f"{LAYER}mlp.gate_proj.weight", "layers.1.mlp"),
+        (f"{LAYER}mlp.up_proj.weight", "layers.1.mlp"),
+        (f"{LAYER}mlp.down_proj.weight", "layers.1.mlp"),
+        (f"{LAYER}mlp.up_proj.bias", "layers.1.mlp"),
+        (f"{LAYER}mlp.down_proj.bias", "layers.1.mlp"),
+        (f"{LAYER}self_attn.k_proj.left.bias", "layers.1.self_attn.k_proj"),
+        (f"{LAYER}input_layernorm.weight", "layers.1.input_layernorm.weight"),
+        ("model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("model.norm.weight", "model.norm.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+    ],
+)
+def test_one_ulp_of_a_weight_that_stays_is_caught(
+    pair: tuple[Path, Path], name: str, module: str, tmp_path: Path
+) -> None:
+    def tamper(folder: Path) -> None:
+        change(folder, name, lambda t: next_up((5,) * t.dim())(t))
+
+    result = tampered(pair, tmp_path, tamper)
+    assert not result.passed
+    found = [check for check in breaches(result)[module] if check.bound == 0]
+    assert [check.deviation for check in found] == [1]
+
+
+def test_one_ulp_of_a_dense_projection_is_caught(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path / "original")
+    output = compress(tmp_path / "original", tmp_path / "out", token_ids(6, 20), ratio=0.1)
+    change(output, f"{LAYER}self_attn.v_proj.weight", next_up((2, 3)))
+    result = audit(tmp_path / "original", output)
+    assert "layers.1.self_attn.v_proj" in breaches(result)
+
+
+@pytest.mark.parametrize("factor", ["left", "right"])
+@pytest.mark.parametrize("projection", ["q", "v"])
+def test_one_percent_of_a_factor_entry_is_caught(
+    pair: tuple[Path, Path], projection: str, factor: str, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    name = f"self_attn.{projection}_proj"
+    for trial in range(4):
+
+        def tamper(folder: Path) -> None:
+            def edit(tensor: Tensor) -> Tensor:
+                at = (int(rng.integers(tensor.shape[0])), int(rng.integers(tensor.shape[1])))
+                return one_percent(at)(tensor)
+
+            change(folder, f"{LAYER}{name}.{factor}.weight", edit)
+
+        found = breaches(tampered(pair, tmp_path / str(trial), tamper))
+        checks = {check.name for check in found[f"layers.1.{name}"]}
+        assert f"{factor} factor" in checks
+
+
+def test_a_changed_product_is_caught_in_any_basis(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path / "original")
+    output = compress(tmp_path / "original", tmp_path / "out", token_ids(6, 20))
+    name = f"{LAYER}self_attn.q_proj."
+    change(output, f"{name}left.weight", lambda L: L.flip(1))
+    change(output, f"{name}right.weight", lambda R: R.flip(0))
+    assert_passes(audit(tmp_path / "original", output))
+    change(output, f"{name}left.weight", one_percent((1, 1)))
+    found = breaches(audit(tmp_path / "original", output))
+    assert "product" in {check.name for check in found["layers.1.self_attn.q_proj"]}
+
+
+def swap_channel(folder: Path, original: Path, *, in_report: bool) -> None:
+    """Put the removed channel of least index in the place of the kept one before or after it."""
+    report = json.loads((folder / REPORT_FILE).read_text())
+    module = report["layers"][1]["modules"]["mlp"]
+    kept = module["kept_channels"]
+    removed = next(i for i in range(48) if i not in kept)
+    place = next((at for at, channel in enumerate(kept) if channel > removed), len(kept) - 1)
+    whole = load_file(original / "model.safetensors")
+    for role in ("gate", "up", "down"):
+        for kind in ("weight", "bias"):
+            name = f"{LAYER}mlp.{role}_proj.{kind}"
+            source = whole[name]
+
+            def edit(tensor: Tensor, source: Tensor = source, role: str = role) -> Tensor:
+                if role != "down":
+                    tensor[place] = source[removed]
+                elif tensor.dim() == 2:
+                    tensor[:, place] = source[:, removed]
+                return tensor
+
+            change(folder, name, edit)
+    if in_report:
+        change_report(
+            folder,
+            lambda r: r["layers"][1]["modules"]["mlp"]["kept_channels"].__setitem__(place, removed),
+        )
+
+
+@pytest.mark.parametrize("in_report", [False, True])
+def test_a_swapped_channel_is_caught(
+    pair: tuple[Path, Path], in_report: bool, tmp_path: Path
+) -> None:
+    result = tampered(
+        pair, tmp_path, lambda folder: swap_channel(folder, pair[0], in_report=in_report)
+    )
+    names = {check.name for check in breaches(result)["layers.1.mlp"]}
+    if in_report:
+        assert "channels by recorded norms, top" in names
+        assert not any(name.startswith("mlp.") for name in names)
+    else:
+        assert {f"mlp.{role}_proj.weight" for role in ("gate", "up", "down")} <= names
+
+
+@pytest.mark.parametrize("fingerprint", [False, True], ids=["ids", "ids and fingerprint"])
+def test_other_calibration_ids_are_caught(
+    pair: tuple[Path, Path], fingerprint: bool, tmp_path: Path
+) -> None:
+    other = token_ids(8, 24, seed=1)
+
+    def tamper(folder: Path) -> None:
+        save_file({"input_ids": other}, folder / CALIBRATION_FILE)
+        if fingerprint:
+            digest = hashlib.sha256(np.asarray(other.shape, dtype="<i8").tobytes())
+            digest.update(other.numpy().astype("<i8").tobytes())
+            change_report(folder, lambda r: r["calibration"].update(fingerprint=digest.hexdigest()))
+
+    found = breaches(tampered(pair, tmp_path, tamper))
+    assert (REPORT_FILE in found) == (not fingerprint)
+    for name in ("layers.0.self_attn.q_proj", "layers.1.self_attn.o_proj", "layers.2.mlp"):
+        assert any("norms of the inputs" in check.name for check in found[name])
+
+
+def test_recorded_norms_of_other_ids_are_caught_too(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A checkpoint made from other ids, consistent in itself, beside the ids it pretends to."""
+    other = compress(pair[0], tmp_path / "other", token_ids(8, 24, seed=1), least_important=0.05)
+    shutil.copy(pair[1] / CALIBRATION_FILE, other / CALIBRATION_FILE)
+    about = json.loads((pair[1] / REPORT_FILE).read_text())["calibration"]
+    change_report(other, lambda report: report.update(calibration=about))
+    found = breaches(audit(pair[0], other))
+    checks = {check.name for check in found["layers.0.self_attn.q_proj"]}
+    assert "norms of the inputs (attention), rms" in checks
+    assert "left factor" not in checks
+
+
+def set_ratio(report: dict[str, Any]) -> None:
+    report["ratio"] = 0.25
+
+
+def set_both_ratios(report: dict[str, Any]) -> None:
+    report["ratio"] = report["settings"]["ratio"] = 0.35
+
+
+def set_rank(report: dict[str, Any]) -> None:
+    report["layers"][0]["modules"]["self_attn.q_proj"]["rank"] += 1
+
+
+def set_module_parameters(report: dict[str, Any]) -> None:
+    report["layers"][2]["modules"]["mlp"]["parameters"] -= 1
+
+
+def set_error(report: dict[str, Any]) -> None:
+    report["layers"][1]["modules"]["self_attn.q_proj"]["relative_weighted_error"] *= 0.999
+
+
+def set_energy(report: dict[str, Any]) -> None:
+    report["layers"][1]["modules"]["mlp"]["retained_energy"] += 1e-4
+
+
+def set_score(report: dict[str, Any]) -> None:
+    report["layers"][1]["modules"]["mlp"]["scores_at_cut"]["highest_removed"] *= 1.001
+
+
+@pytest.mark.parametrize(
+    ("edit", "module"),
+    [
+        (set_ratio, REPORT_FILE),
+        (set_both_ratios, "tensors"),
+        (lambda r: r.update(achieved_ratio=r["achieved_ratio"] + 1e-6), REPORT_FILE),
+        (lambda r: r.update(layer_ratio=0.3), REPORT_FILE),
+        (lambda r: r["parameters"].update(after=1), REPORT_FILE),
+        (lambda r: r["calibration"].update(seed=7), REPORT_FILE),
+        (lambda r: r["layers"].pop(), REPORT_FILE),
+        (set_rank, REPORT_FILE),
+        (set_module_parameters, REPORT_FILE),
+        (set_error, "layers.1.self_attn.q_proj"),
+        (set_energy, "layers.1.mlp"),
+        (set_score, "layers.1.mlp"),
+    ],
+)
+def test_wrong_numbers_in_the_report_are_caught(
+    plain_pair: tuple[Path, Path],
+    edit: Callable[[dict[str, Any]], None],
+    module: str,
+    tmp_path: Path,
+) -> None:
+    result = tampered(plain_pair, tmp_path, lambda folder: change_report(folder, edit))
+    assert module in breaches(result)
+
+
+def test_config_json_is_compared(plain_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    def tamper(folder: Path) -> None:
+        file = folder / "config.json"
+        values = json.loads(file.read_text())
+        values["rms_norm_eps"] *= 2
+        values["lorap"]["layers"][1]["mlp"]["width"] += 1
+        file.write_text(json.dumps(values))
+
+    found = breaches(tampered(plain_pair, tmp_path, tamper))
+    assert [check.name for check in found["config.json"]] == ["lorap", "rms_norm_eps"]
+
+
+def test_a_missing_tensor_and_another_dtype_are_caught(
+    plain_pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def tamper(folder: Path) -> None:
+        change(folder, "model.norm.weight", lambda t: t.double())
+
+    found = breaches(tampered(plain_pair, tmp_path, tamper))
+    assert "model.norm.weight" in found["tensors"][0].detail
+
+
+# --- samples of layers, sources, errors ----------------------------------------------------------
+
+
+def test_a_sample_of_layers(plain_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(plain_pair[1], copy)
+    change(copy, f"{LAYER}self_attn.q_proj.left.weight", one_percent((2, 2)))
+    seen: list[tuple[int, int]] = []
+    before = audit(plain_pair[0], copy, layers=[0], progress=lambda *at: seen.append(at))
+    assert before.passed
+    assert before.layers == (0,)
+    assert seen == [(1, 1)]
+    assert not any(module.name.startswith("layers.1") for module in before.modules)
+    # Each layer is fed by the checkpoint's own: the fault stays where it is.
+    whole = breaches(audit(plain_pair[0], copy))
+    assert "layers.1.self_attn.q_proj" in whole
+    assert not any(name.startswith("layers.0") for name in whole)
+
+
+def test_calibration_from_a_source(plain_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    given = plain_pair[1].with_suffix(".npy")
+    assert_passes(audit(plain_pair[0], plain_pair[1], calibration=given))
+    np.save(tmp_path / "other.npy", token_ids(8, 24, seed=5).numpy())
+    found = breaches(audit(plain_pair[0], plain_pair[1], calibration=tmp_path / "other.npy"))
+    assert REPORT_FILE in found
+    assert "layers.0.mlp" in found
+
+
+def test_samples_in_several_batches(
+    plain_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorap.audit.TOKENS_PER_BATCH", 50)
+    assert_passes(audit(*plain_pair))
+
+
+def test_the_result_as_json(plain_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    def tamper(folder: Path) -> None:
+        change_report(folder, lambda r: r["layers"][0]["modules"].pop("self_attn.q_proj"))
+
+    result = tampered(plain_pair, tmp_path, tamper)
+    values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert values["passed"] is False
+    (module,) = (m for m in values["modules"] if m["name"] == "layers.0.self_attn.q_proj")
+    wrong = [check for check in module["checks"] if not check["passed"]]
+    assert {check["deviation"] for check in wrong} == {"inf"}
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (REPORT_FILE, "holds no lorap_report.json"),
+        (CALIBRATION_FILE, "is missing"),
+        (STATISTICS_FILE, "is missing"),
+        ("config.json", "no config.json"),
+        ("model.safetensors.index.json", "holds no weights"),
+    ],
+)
+def test_a_missing_file(
+    plain_pair: tuple[Path, Path], file: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        tampered(plain_pair, tmp_path, lambda folder: (folder / file).unlink())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (REPORT_FILE, "{", "not readable as JSON"),
+        (REPORT_FILE, "[]", "expected format_version 1, got None"),
+        (REPORT_FILE, '{"format_version": 1, "settings": {"ratio": 7}}', "cannot be used"),
+        (CALIBRATION_FILE, "x", "not readable as safetensors"),
+    ],
+)
+def test_a_damaged_file(
+    plain_pair: tuple[Path, Path], file: str, content: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        tampered(plain_pair, tmp_path, lambda folder: (folder / file).write_text(content) and None)
+
+
+def test_norms_of_another_shape(plain_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    def tamper(folder: Path) -> None:
+        norms = load_file(folder / STATISTICS_FILE)
+        norms["model.layers.0.ffn"] = norms["model.layers.0.ffn"][1:].clone()
+        save_file(norms, folder / STATISTICS_FILE)
+
+    with pytest.raises(UsageError, match=r"model\.layers\.0\.ffn of shape \(32,\)"):
+        tampered(plain_pair, tmp_path, tamper)
+
+
+def test_wrong_arguments(plain_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    original, compressed = plain_pair
+    with pytest.raises(UsageError, match="no compressed model"):
+        audit(original, original)
+    with pytest.raises(UsageError, match="compressed already"):
+        audit(compressed, compressed)
+    with pytest.raises(UsageError, match="expected the folder of a compressed model"):
+        audit(original, tmp_path / "nothing")
+    for layers, message in (((3,), "from 0 to 2, got 3"), ((), "at least one layer")):
+        with pytest.raises(UsageError, match=message):
+            audit(original, compressed, layers=layers)
+    save_tiny_checkpoint(tmp_path / "wider", intermediate_size=64, **VARIANTS["gqa"])
+    with pytest.raises(UsageError, match="intermediate_size is 48, and 64 there"):
+        audit(tmp_path / "wider", compressed)
+
+
+def test_rotary_embeddings_that_the_reference_does_not_know(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    save_tiny_checkpoint(tmp_path / "original", rope_parameters=rope)
+    output = compress(tmp_path / "original", tmp_path / "out", token_ids(2, 8))
+    with pytest.raises(UsageError, match="no rotary embedding of the type 'linear'"):
+        audit(tmp_path / "original", output)
+
+
+def test_another_original_is_caught(plain_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Weights of the same shapes that are not those: nothing is taken from checksums."""
+    traits = VARIANTS["gqa"] | VARIANTS["biased"]
+    save_tiny_checkpoint(tmp_path / "other", seed=4, dtype=torch.float32, **traits)
+    result = audit(tmp_path / "other", plain_pair[1])
+    assert not result.passed
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(cli.app, ["audit", *(str(word) for word in words)])
+
+
+def test_the_command_prints_a_line_per_module(plain_pair: tuple[Path, Path]) -> None:
+    result = run(*plain_pair)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    lines = result.stdout.splitlines()
+    for module in audit(*plain_pair).modules:
+        (line,) = (line for line in lines if line.split()[:1] == [module.name])
+        assert line.endswith("ok")
+        assert module.becomes in line
+    assert lines[-1] == "verdict     every comparison is within its bound"
+
+
+def test_the_command_fails_on_a_breach(plain_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(plain_pair[1], copy)
+    change(copy, f"{LAYER}mlp.up_proj.weight", next_up((2, 2)))
+    result = run(plain_pair[0], copy, "--layers", "1")
+    assert result.exit_code == 1
+    assert "first at (2, 2)" in result.stdout
+    assert "BREACH in 1 of" in result.stdout.splitlines()[-1]
+    assert run(plain_pair[0], copy, "--layers", "0").exit_code == 0
+
+    result = run(plain_pair[0], copy, "--layers", "0-1,2", "--json")
+    assert result.exit_code == 1
+    values = json.loads(result.stdout)
+    assert values["passed"] is False
+    assert values["layers"] == [0, 1, 2]
+
+
+def test_the_command_shows_its_options() -> None:
+    result = run("-h")
+    assert result.exit_code == 0
+    assert all(word in result.stdout for word in ("ORIGINAL", "--layers", "--calibration"))
+
+
+@pytest.mark.parametrize("layers", ["", "x", "1-", "-1", "1;2", "7"])
+def test_layers_that_are_none(plain_pair: tuple[Path, Path], layers: str) -> None:
+    result = run(*plain_pair, "--layers", layers)
+    assert result.exit_code == 2
+    assert "lorap: layers: expected" in result.stderr
+
+
+# --- real models ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model", [STORIES, EMBEDDED], ids=["stories260K", "embedded"])
+def test_real_models(model: Path, dtype: torch.dtype, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    if not model.is_dir():
+        pytest.skip(f"no model at {model}")
+    original = tmp_path / "original"
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    loaded.save_pretrained(original)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, loaded.config.vocab_size, (8, 96), generator=generator)
+    output = compress(original, tmp_path / "out", ids, ratio=0.4)
+    assert_passes(audit(original, output))
+
+    for name, tamper in {
+        "layers.1.mlp": lambda f: change(f, f"{LAYER}mlp.up_proj.weight", next_up((3, 4))),
+        "layers.1.self_attn.o_proj": lambda f: change(
+            f, f"{LAYER}self_attn.o_proj.right.weight", one_percent((3, 4))
+        ),
+        "layers.1.self_attn.q_proj": lambda f: change(
+            f, f"{LAYER}self_attn.q_proj.left.weight", one_percent((3, 4))
+        ),
+        REPORT_FILE: lambda f: change_report(f, set_ratio),
+    }.items():
+        copy = tmp_path / name
+        shutil.copytree(output, copy)
+        tamper(copy)
+        assert name in breaches(audit(original, copy, layers=[1]))
