@@ -23,6 +23,7 @@ import lorap
 from lorap.errors import LorapError, UsageError
 
 if TYPE_CHECKING:
+    from lorap.audit import AuditResult, Check
     from lorap.config import CompressionConfig
     from lorap.demo import DemoResult
     from lorap.evaluation import PerplexityReport
@@ -33,6 +34,14 @@ SECONDS_BETWEEN_LINES = 2.0
 
 ARGUMENTS = "lorap.arguments"
 """Key under which a context holds the words of the command line."""
+
+
+class _Ended(KeyboardInterrupt):
+    """The run was told to end by a signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 class _Commands(TyperGroup):
@@ -49,8 +58,9 @@ class _Commands(TyperGroup):
             _fail(str(error), 2)
         except LorapError as error:
             _fail(str(error), 1)
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing that was begun is left behind", 130)
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, _Ended) else signal.SIGINT
+            _fail("interrupted; nothing that was begun is left behind", 128 + number)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -72,7 +82,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, status: int) -> None:
-    typer.echo(f"lorap: {message}", err=True)
+    # The terminal may be gone; the status still tells.
+    with contextlib.suppress(OSError):
+        typer.echo(f"lorap: {message}", err=True)
     raise typer.Exit(status)
 
 
@@ -91,8 +103,18 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line."""
     # So that a run that is told to end removes what it had begun, as one that is interrupted does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup has a run outlive its terminal.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
     app(prog_name="lorap")
+
+
+def _end(number: int, frame: object) -> None:
+    # Another signal must not interrupt the removal.
+    for later in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(later, signal.SIG_IGN)
+    raise _Ended(number)
 
 
 def _print_version(wanted: bool) -> None:
@@ -139,7 +161,8 @@ _RatioScope = Annotated[
 _Allocation = Annotated[
     float | None,
     typer.Option(
-        help="Parameters that the factors of v and o get for each one that those of q and k get.",
+        help="Parameters that the factors of v and o get for each one that those of q and k get, "
+        "from 0.001 to 1000.",
         show_default="3",
     ),
 ]
@@ -411,6 +434,73 @@ def evaluate(
 
 
 @app.command()
+def audit(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="ORIGINAL", help="The model that was compressed: folder or name."),
+    ],
+    compressed: Annotated[
+        str, typer.Argument(metavar="COMPRESSED", help="Folder that lorap compress wrote.")
+    ],
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,3-5",
+            help="Decoder layers to recompute; those before them are only run.",
+            show_default="all",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="The data that it was calibrated with, to be read again.",
+            show_default="the ids kept in COMPRESSED",
+        ),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Recompute a compressed model, and compare.
+
+    In NumPy and float64, layer by layer, from the original weights, the calibration ids and the
+    recorded settings: ranks, kept channels, low-rank products, untouched weights, parameters,
+    report. One line per module: the comparison that uses most of its bound. The exit status is 1
+    where anything is outside its bound.
+    """
+    chosen = None if layers is None else _parse_layers(layers)
+    _quieten()
+    with _stdout_kept(as_json), _progress("layers") as progress:
+        from lorap.audit import audit as run_audit
+
+        result = run_audit(
+            model, compressed, layers=chosen, calibration=calibration, progress=progress
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        _print_audit(result)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def _parse_layers(text: str) -> list[int]:
+    """Return the layers that a text such as ``0,3-5`` names.
+
+    Raises
+    ------
+    UsageError
+        If it is no such text.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (word.strip() for word in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(f"layers: expected numbers and spans such as 0,3-5, got {text!r}")
+        layers += range(int(first), int(last if dash else first) + 1)
+    return layers
+
+
+@app.command()
 def demo(
     output: Annotated[
         str, typer.Option(metavar="DIR", help="Folder for the compressed model.")
@@ -444,11 +534,9 @@ def _settings(ctx: typer.Context) -> tuple[CompressionConfig, dict[str, Any]]:
     UsageError
         If a value is out of range, or the recipe cannot be used.
     """
-    from lorap.config import RUN_OPTIONS, CompressionConfig, load_recipe, parse_sublayers
+    from lorap.config import RUN_OPTIONS, CompressionConfig, load_recipe
 
     given = {name: value for name, value in ctx.params.items() if value is not None}
-    if "sublayers" in given:
-        given["sublayers"] = parse_sublayers(given["sublayers"])
     recipe = load_recipe(given["config"]) if "config" in given else None
     fields = {field.name for field in dataclasses.fields(CompressionConfig)}
     settings = {
@@ -485,7 +573,7 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
     Yields
     ------
     callable
-        Takes the number done and the number in all.
+        Takes the number done and the number in all; with 0 done, the first is begun.
     """
     from rich.console import Console
 
@@ -520,18 +608,20 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _line_printer(unit: str) -> Callable[[int, int], None]:
-    started = last = time.monotonic()
+    started = first = last = time.monotonic()
 
     def show(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal first, last
         now = time.monotonic()
+        if done == 0:
+            first = now
+            return
         if done < total and now - last < SECONDS_BETWEEN_LINES:
             return
         last = now
-        elapsed = now - started
-        line = f"{done} of {total} {unit}, {_duration(elapsed)} elapsed"
+        line = f"{done} of {total} {unit}, {_duration(now - started)} elapsed"
         if done < total:
-            line += f", about {_duration(elapsed / done * (total - done))} left"
+            line += f", about {_duration((now - first) / done * (total - done))} left"
         typer.echo(line, err=True)
 
     return show
@@ -643,6 +733,30 @@ def _print_perplexity(report: PerplexityReport) -> None:
     typer.echo(f"mean loss   {report.mean_nll:.6f} nats per token")
     typer.echo(f"computed    in {report.dtype} on {report.device}")
     typer.echo(f"versions    {versions}")
+
+
+def _print_audit(result: AuditResult) -> None:
+    def line(check: Check) -> str:
+        verdict = "ok" if check.passed else "BREACH"
+        return f"{check.name:42} {check.deviation:>9.2g} {check.bound:>9.2g}  {verdict}"
+
+    width = max(len(module.name) for module in result.modules)
+    typer.echo(f"{'':{width}}  {'becomes':12}  {'':42} {'deviation':>9} {'bound':>9}")
+    for module in result.modules:
+        typer.echo(f"{module.name:{width}}  {module.becomes:12}  {line(module.worst)}")
+        for check in module.checks:
+            if not check.passed and (check != module.worst or check.detail):
+                typer.echo(f"{'':{width}}    {line(check)}")
+                if check.detail:
+                    typer.echo(f"{'':{width}}      {check.detail}")
+    breached = [module.name for module in result.modules if not module.passed]
+    typer.echo(f"\nlayers      {_spans(result.layers)}")
+    typer.echo(f"stored in   {result.storage}, computed in {result.compute}")
+    verdict = "every comparison is within its bound"
+    if breached:
+        verdict = f"BREACH in {len(breached)} of {len(result.modules)}: {', '.join(breached[:8])}"
+        verdict += " ..." if len(breached) > 8 else ""
+    typer.echo(f"verdict     {verdict}")
 
 
 def _print_demo(result: DemoResult) -> None:

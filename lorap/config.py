@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +21,9 @@ Aggregation = Literal["l1", "l2", "linf"]
 Weighting = Literal["eq7", "eq6"]
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
+
+LARGEST_ALLOCATION = 1000.0
+"""Bound of the allocation; its inverse is the other."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,11 @@ class Override:
                 f"got {', '.join(given) or 'none'}"
             )
         if self.ratio is not None:
-            _check_ratio(self.ratio, where)
+            object.__setattr__(self, "ratio", _ratio(self.ratio, where))
         for name in ("rank", "width"):
             value = getattr(self, name)
             if value is not None:
-                _check_int(f"{where}: {name}", value, 1)
+                object.__setattr__(self, name, _int(f"{where}: {name}", value, 1))
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class CompressionConfig:
         Whether `ratio` is of all parameters (App. C.1 turns it into the layer ratio) or of the
         compressible ones of each layer.
     allocation : float
-        Parameters of v and o against those of q and k (Section 3.2).
+        Parameters of v and o against those of q and k (Section 3.2), from 0.001 to 1000.
     least_important : float
         Share of least important channels that is kept (Eq. 11).
     aggregation : {"l2", "l1", "linf"}
@@ -93,7 +99,7 @@ class CompressionConfig:
     weighting : {"eq7", "eq6"}
         Whether the squared errors are weighted by the squared norms (Eq. 7) or the norms (Eq. 6).
     sublayers : tuple of {"mha", "ffn"}
-        Sub-layers to compress.
+        Sub-layers to compress; a text such as ``mha,ffn`` and a list are taken too.
     samples, seqlen : int
         Calibration samples and tokens in each.
     seed : int
@@ -129,13 +135,19 @@ class CompressionConfig:
     overrides: tuple[Override, ...] = field(default=())
 
     def __post_init__(self) -> None:
+        def store(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
         if self.ratio is not None:
-            _check_ratio(self.ratio, "ratio")
+            store("ratio", _ratio(self.ratio, "ratio"))
         _check_choice("ratio_scope", self.ratio_scope, get_args(RatioScope))
-        _check_number("allocation", self.allocation)
-        if self.allocation <= 0:
-            raise UsageError(f"allocation: expected a number above 0, got {self.allocation!r}")
-        _check_number("least_important", self.least_important)
+        store("allocation", _number("allocation", self.allocation))
+        if not 1 / LARGEST_ALLOCATION <= self.allocation <= LARGEST_ALLOCATION:
+            raise UsageError(
+                f"allocation: expected a number from {1 / LARGEST_ALLOCATION:g} to "
+                f"{LARGEST_ALLOCATION:g}, got {self.allocation!r}"
+            )
+        store("least_important", _number("least_important", self.least_important))
         if not 0 <= self.least_important < 1:
             raise UsageError(
                 f"least_important: expected a share of at least 0 and below 1, "
@@ -143,20 +155,25 @@ class CompressionConfig:
             )
         _check_choice("aggregation", self.aggregation, get_args(Aggregation))
         _check_choice("weighting", self.weighting, get_args(Weighting))
-        object.__setattr__(self, "sublayers", tuple(self.sublayers))
+        store("sublayers", _sublayers(self.sublayers))
         if not self.sublayers or len(set(self.sublayers)) != len(self.sublayers):
             raise UsageError(f"sublayers: expected mha, ffn or both, got {list(self.sublayers)}")
         for sublayer in self.sublayers:
             _check_choice("sublayers", sublayer, get_args(Sublayer))
-        _check_int("samples", self.samples, 1)
-        _check_int("seqlen", self.seqlen, 1)
-        _check_int("seed", self.seed, 0)
+        for name, minimum in (("samples", 1), ("seqlen", 1), ("seed", 0)):
+            store(name, _int(name, getattr(self, name), minimum))
         if self.batch_size is not None:
-            _check_int("batch_size", self.batch_size, 1)
+            store("batch_size", _int("batch_size", self.batch_size, 1))
         _check_choice("device", self.device, get_args(Device))
         if self.dtype is not None:
             _check_choice("dtype", self.dtype, get_args(DType))
-        object.__setattr__(self, "overrides", tuple(self.overrides))
+        given: object = self.overrides
+        if not isinstance(given, list | tuple):
+            raise UsageError(f"overrides: expected a sequence of Override, got {_kind(given)}")
+        store("overrides", tuple(given))
+        for override in given:
+            if not isinstance(override, Override):
+                raise UsageError(f"overrides: expected Override, got {override!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for the report."""
@@ -203,22 +220,21 @@ def load_recipe(path: str | Path) -> Recipe:
     ----------
     path : path
         A YAML mapping whose keys are the options of ``lorap compress`` with underscores, and
-        ``overrides``, a list of mappings with the fields of ``Override``.
+        ``overrides``, a list of mappings with the fields of ``Override``. A key without a value
+        counts as not given.
 
     Raises
     ------
     UsageError
-        If the file cannot be read, a key is unknown (the nearest valid one is named) or a value
-        does not fit.
+        If the file cannot be read, a key is unknown (the nearest valid one is named) or there
+        twice, or a value does not fit.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        # Unlike Path.expanduser, this leaves the name of an unknown user as it is.
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"recipe {path}: not YAML: {error}") from error
+    content = _parse_yaml(text, path)
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -226,9 +242,8 @@ def load_recipe(path: str | Path) -> Recipe:
     settings_keys = [f.name for f in dataclasses.fields(CompressionConfig)]
     _check_keys(f"recipe {path}", content, [*settings_keys, *RUN_OPTIONS])
 
+    content = _given(content)
     settings = {key: value for key, value in content.items() if key in settings_keys}
-    if "sublayers" in settings:
-        settings["sublayers"] = parse_sublayers(settings["sublayers"])
     if "overrides" in settings:
         settings["overrides"] = _overrides(path, settings["overrides"])
     run = {key: value for key, value in content.items() if key in RUN_OPTIONS}
@@ -238,6 +253,48 @@ def load_recipe(path: str | Path) -> Recipe:
             raise UsageError(f"recipe {path}: {key}: expected {expected}, got {value!r}")
     CompressionConfig(**settings)
     return Recipe(settings=settings, run=run)
+
+
+def _parse_yaml(text: str, path: str | Path) -> object:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses keys that are there twice, of which YAML silently takes the last."""
+
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        raise UsageError(
+                            f"recipe {path}: the key {key.value!r} is there twice, again in line "
+                            f"{key.start_mark.line + 1}"
+                        )
+                    seen.add(key.value)
+            return node
+
+    try:
+        return yaml.load(text, Loader)
+    # A date that does not exist is a ValueError, and lists nested too deep a RecursionError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from error
+
+
+_NUMBER_KEYS = ("ratio", "allocation", "least_important")
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that are not null; numbers such as 1e-1 are text to YAML 1.1."""
+    return {
+        key: float(value)
+        if key in _NUMBER_KEYS
+        and isinstance(value, str)
+        and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
+        else value
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def _overrides(path: str | Path, value: object) -> tuple[Override, ...]:
@@ -250,23 +307,18 @@ def _overrides(path: str | Path, value: object) -> tuple[Override, ...]:
     for index, item in enumerate(value):
         where = f"recipe {path}: overrides[{index}]"
         _check_keys(where, item, keys)
-        if "match" not in item:
+        values = _given(item)
+        if "match" not in values:
             raise UsageError(f"{where}: expected a pattern under match")
-        overrides.append(Override(**item))
+        overrides.append(Override(**values))
     return tuple(overrides)
 
 
-def parse_sublayers(value: object) -> tuple[str, ...]:
-    """Return the sub-layers that a text such as ``mha,ffn`` or a list names, not yet checked.
-
-    Raises
-    ------
-    UsageError
-        If it is neither.
-    """
+def _sublayers(value: object) -> tuple[str, ...]:
+    """Return the sub-layers that a text such as ``mha,ffn`` or a list names, not yet checked."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
-    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+    if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
         return tuple(value)
     raise UsageError(f"sublayers: expected mha, ffn or both, got {value!r}")
 
@@ -275,27 +327,40 @@ def _check_keys(where: str, content: Mapping[Any, Any], valid: Sequence[str]) ->
     for key in content:
         if key in valid:
             continue
-        nearest = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.0)[0]
-        raise UsageError(f"{where}: unknown key {key!r}; the nearest valid one is {nearest!r}")
+        nearest = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
+        hint = (
+            f"the nearest valid one is {nearest[0]!r}" if nearest else f"valid: {', '.join(valid)}"
+        )
+        raise UsageError(f"{where}: unknown key {key!r}; {hint}")
 
 
-def _check_ratio(value: object, where: str) -> None:
-    _check_number(where, value)
-    if not 0 < value < 1:  # type: ignore[operator]  # a number, by the check above
+def _ratio(value: object, where: str) -> float:
+    number = _number(where, value)
+    if not 0 < number < 1:
         raise UsageError(
             f"{where}: expected a ratio above 0 and below 1, the share of parameters to remove, "
             f"got {value!r}"
         )
+    return number
 
 
-def _check_number(where: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"{where}: expected a number, got {value!r}")
+def _number(where: str, value: object) -> float:
+    """Return a finite number, NumPy's kinds among them, as a float."""
+    if not isinstance(value, bool) and isinstance(value, Real):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise UsageError(f"{where}: expected a number, got {value!r}")
 
 
-def _check_int(where: str, value: object, minimum: int) -> None:
-    if type(value) is not int or value < minimum:
-        raise UsageError(f"{where}: expected a whole number of at least {minimum}, got {value!r}")
+def _int(where: str, value: object, minimum: int) -> int:
+    """Return a whole number, NumPy's kinds among them, as an int."""
+    if not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= minimum:
+        return int(value)
+    raise UsageError(f"{where}: expected a whole number of at least {minimum}, got {value!r}")
 
 
 def _check_choice(where: str, value: object, choices: Sequence[str]) -> None:

@@ -2,9 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorap.checkpoint.reader import fetch_tokenizer_files, is_local
 from lorap.data.calibration import check_sequence_length, check_vocabulary, tokenize
 from lorap.data.sources import TextRows, TokenIds, read_source
 from lorap.errors import LorapError, UsageError
@@ -134,7 +134,7 @@ def perplexity(
     batch_size : int, optional
         Chunks per forward pass. By default about 4096 tokens and at most 2**28 logits.
     progress : callable, optional
-        Called after each batch with the number of chunks done and of all chunks.
+        Called before the first batch and after each with the number of chunks done and of all.
 
     Returns
     -------
@@ -166,6 +166,8 @@ def perplexity(
     modes = [(module, module.training) for module in model.modules()]
     model.train(False)
     total = 0.0
+    if progress is not None:
+        progress(0, count)
     try:
         with torch.no_grad():
             for start in range(0, count, batch_size):
@@ -358,7 +360,7 @@ def evaluate_perplexity(
     UsageError
         If an argument is out of range, the model cannot be loaded, or the data cannot be used.
     LorapError
-        If a dataset cannot be had from the hub, or the loss is not finite.
+        If the model or a dataset cannot be had from the hub, or the loss is not finite.
     """
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"the batch size must be at least 1, got {batch_size}")
@@ -366,21 +368,24 @@ def evaluate_perplexity(
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype)
 
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     name = os.fspath(model_path)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UsageError(f"{name} is not a model folder: it holds no config.json")
+    location = _locate(name, revision)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     def load(auto_class: Any, **extra: Any) -> Any:
         try:
-            return auto_class.from_pretrained(name, **options, **extra)
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
+            return auto_class.from_pretrained(location, **options, **extra)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # damaged files raise errors of many kinds in transformers
             what = auto_class.__name__.removeprefix("Auto")
-            reason = str(error).strip().split("\n")[0]
-            raise UsageError(f"cannot load {what} of the model {name!r}: {reason}") from error
+            lines = str(error).strip().splitlines()
+            kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+            raise UsageError(
+                f"cannot load {what} of the model {name!r}: {kind}{lines[0] if lines else ''}"
+            ) from error
 
     config = load(AutoConfig).get_text_config()
     chunks, protocol = load_evaluation_chunks(
@@ -391,11 +396,16 @@ def evaluate_perplexity(
         max_positions=getattr(config, "max_position_embeddings", None),
         field=field,
     )
-    model = load(
+    # Weights that do not fit are named below; transformers alone would leave them random.
+    model, loaded = load(
         AutoModelForCausalLM,
         dtype="auto" if torch_dtype is None else torch_dtype,
         use_safetensors=True,
-    ).to(torch_device)
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    _check_loaded(loaded, name)
+    model = model.to(torch_device)
     result = perplexity(model, chunks, batch_size=batch_size, progress=progress)
     return PerplexityReport(
         model=name,
@@ -408,3 +418,40 @@ def evaluate_perplexity(
         device=str(torch_device),
         versions=versions(["datasets"] if protocol.split is not None else []),
     )
+
+
+def _locate(name: str, revision: str | None) -> str:
+    """Return the folder or hub name to load a model from, once it is found.
+
+    Raises
+    ------
+    UsageError
+        If there is no such folder or hub name, or it holds no model.
+    LorapError
+        If the hub cannot be reached.
+    """
+    folder = fetch_tokenizer_files(name, revision=revision)
+    if not is_local(name):
+        return name
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{name} is not a model folder: it holds no config.json")
+    return str(folder)
+
+
+def _check_loaded(info: Mapping[str, Any], name: str) -> None:
+    """Check what transformers tells about a loading: that no weight was left as initialised.
+
+    Raises
+    ------
+    UsageError
+        Naming the first weight that is missing or has another shape.
+    """
+    problems = [f"{key} is missing" for key in sorted(info["missing_keys"])]
+    problems += [
+        f"{key} has the shape {tuple(found)}, expected {tuple(expected)}"
+        for key, found, expected in sorted(info["mismatched_keys"])
+    ]
+    problems += list(info["error_msgs"])
+    if problems:
+        others = f" (and {len(problems) - 1} more such weights)" if len(problems) > 1 else ""
+        raise UsageError(f"{name} does not fit its config.json: {problems[0]}{others}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,7 +213,8 @@ def compress_checkpoint(
     """
     started = time.perf_counter()
     output = Path(output)
-    inputs = [Path(given) for given in (model, calibration) if Path(given).exists()]
+    given = (Path(os.path.expanduser(name)) for name in (model, calibration))
+    inputs = [path for path in given if path.exists()]
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype)
     check_output(output, overwrite=overwrite, inputs=inputs)

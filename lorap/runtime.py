@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import resource
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
 import lorap
+from lorap.config import DType
 from lorap.errors import UsageError
 
 PACKAGES = ("torch", "transformers", "numpy", "safetensors")
@@ -28,21 +31,24 @@ def choose_device(device: str) -> torch.device:
     Raises
     ------
     UsageError
-        If the name is no device, or there is no such GPU here.
+        If the name is none of these, or there is no such GPU here.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"device {device!r}: expected auto, cpu or cuda") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    if device == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
+    if match is None:
+        raise UsageError(f"device {device!r}: expected auto, cpu or cuda")
+    if not torch.cuda.is_available():
         raise UsageError(f"device {device!r}: there is no CUDA device here; use cpu or auto")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    if match[1] is None:
+        return torch.device("cuda")
+    if int(match[1]) >= torch.cuda.device_count():
         raise UsageError(
             f"device {device!r}: the last CUDA device here is cuda:{torch.cuda.device_count() - 1}"
         )
-    return chosen
+    return torch.device("cuda", int(match[1]))
 
 
 def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -51,17 +57,19 @@ def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     Raises
     ------
     UsageError
-        If it is not a floating-point dtype of torch.
+        If it is none of float64, float32, bfloat16 and float16.
     """
     if dtype is None:
         return None
-    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
-        raise UsageError(
-            f"dtype {dtype!r}: expected a floating-point type: float64, float32, bfloat16 or "
-            "float16"
-        )
-    return chosen
+    known: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(DType)}
+    if isinstance(dtype, str) and dtype in known:
+        return known[dtype]
+    if isinstance(dtype, torch.dtype) and dtype in known.values():
+        return dtype
+    raise UsageError(
+        f"dtype {str(dtype)!r}: expected a floating-point type: float64, float32, bfloat16 or "
+        "float16"
+    )
 
 
 def versions(extra: Sequence[str] = ()) -> dict[str, str]:

@@ -316,14 +316,16 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> N
 def test_lines_of_progress_tell_what_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter([0.0, 1.0, 10.0, 20.0])
+    # The 90 s before the first layer are no measure of what a layer takes.
+    clock = iter([0.0, 90.0, 91.0, 100.0, 110.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     show = cli._line_printer("layers")
-    for done in (1, 2, 4):
+    for done in (0, 1, 2, 4):
         show(done, 4)
     assert capsys.readouterr().err.splitlines() == [
-        "2 of 4 layers, 10 s elapsed, about 10 s left",
-        "4 of 4 layers, 20 s elapsed",
+        "1 of 4 layers, 1 min 31 s elapsed, about 3.0 s left",
+        "2 of 4 layers, 1 min 40 s elapsed, about 10 s left",
+        "4 of 4 layers, 1 min 50 s elapsed",
     ]
 
 
@@ -362,6 +364,20 @@ def test_what_a_model_s_own_code_prints_stays_off_stdout(
     assert "noise" in result.stderr
 
 
+def test_a_tilde_is_the_home_folder(
+    model: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(model)
+    (tmp_path / "ids.npy").symlink_to(ids)
+    content = {"ratio": 0.3, "samples": 4, "seqlen": 16, "device": "cpu", "output": "~/o"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content | {"calibration": "~/ids.npy"}))
+    run("compress", "~/model", "--config", "~/recipe.yaml")
+    report = run("evaluate", "~/o", "--perplexity", "~/ids.npy", "--seqlen", 8, "--json").stdout
+    assert json.loads(report)["chunks"] == 8
+    assert (tmp_path / "o" / "config.json").is_file()
+
+
 # --- processes ------------------------------------------------------------------------------------
 
 
@@ -378,7 +394,7 @@ def test_a_reader_that_goes_away_is_no_news(model: Path) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_and_leaves_nothing(
     number: signal.Signals, model: Path, ids: Path, tmp_path: Path
 ) -> None:
@@ -401,7 +417,23 @@ def test_a_signal_ends_a_run_and_leaves_nothing(
         assert [file.suffix for file in tmp_path.iterdir()] == [".partial"]
         process.send_signal(number)
         _, message = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "interrupted" in message
     assert "Traceback" not in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nohup_has_a_run_outlive_its_terminal(model: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "import lorap.cli as cli\n"
+        "cli._quieten = lambda: os.kill(os.getpid(), signal.SIGHUP)\n"
+        "cli.main()\n"
+    )
+    words = ["plan", str(model), "--ratio", "0.3", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ratio"] == 0.3

@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -261,3 +263,16 @@ def test_generated_text_uses_the_words_of_the_grammar(model: Any, tokenizer: Any
     made = re.findall(r"\w+", _continuation(model, tokenizer, "Anna lost her red kite", 100))[:-1]
     assert len(made) > 30
     assert sum(word in words for word in made) >= 0.97 * len(made)
+
+
+@pytest.mark.slow
+def test_training_again_gives_the_recorded_perplexity() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.train_embedded", "--check", str(DEMO)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ratio" in done.stdout

@@ -239,6 +239,16 @@ CASES: dict[str, Case] = {
     "short calibration": (short_text, 2, ["text.txt", "3 tokens", "one sample of 16"]),
     "calibration not UTF-8": (latin_text, 2, ["text.txt", "not UTF-8", "0xe9 at byte offset 6"]),
     "no such calibration": (given(calibration="none.txt"), 2, ["none.txt", "does not exist"]),
+    "calibration of no such user": (
+        given(calibration="~no-such-user/text.txt"),
+        2,
+        ["'~no-such-user/text.txt' does not exist"],
+    ),
+    "recipe of no such user": (
+        given(config="~no-such-user/recipe.yaml"),
+        2,
+        ["~no-such-user/recipe.yaml", "cannot be read"],
+    ),
     "unknown calibration": (given(calibration="wikitext"), 2, ["wikitext2", "owner/name:split"]),
     "ids outside": (
         ids_of(np.full((2, 16), 96)),
@@ -289,6 +299,32 @@ CASES: dict[str, Case] = {
         2,
         ["overrides[0]", "unknown key 'ranks'", "'rank'"],
     ),
+    "unknown recipe key, near none": (
+        recipe({"xyzzy": 1}),
+        2,
+        ["unknown key 'xyzzy'; valid: ratio, ratio_scope,", "overwrite, allow_bin"],
+    ),
+    "recipe key twice": (
+        recipe("ratio: 0.2\nseed: 1\nratio: 0.3\n"),
+        2,
+        ["recipe.yaml", "'ratio' is there twice", "line 3"],
+    ),
+    "key of an override twice": (
+        recipe("overrides: [{match: layers.0, rank: 2, rank: 3}]"),
+        2,
+        ["recipe.yaml", "'rank' is there twice"],
+    ),
+    "override without match": (
+        recipe("overrides: [{match: null, rank: 2}]"),
+        2,
+        ["overrides[0]", "expected a pattern under match"],
+    ),
+    "recipe with an impossible date": (recipe("seed: 2020-13-45"), 2, ["recipe.yaml", "month"]),
+    "recipe with a huge number": (
+        recipe(f"least_important: 1{'0' * 400}"),
+        2,
+        ["least_important", "expected a number"],
+    ),
     "override of nothing": (
         recipe({"overrides": [{"match": "layers.7", "skip": True}]}),
         2,
@@ -302,6 +338,26 @@ CASES: dict[str, Case] = {
     "dtype unknown": (given(dtype="int8"), 2, ["dtype", "float64, float32", "'int8'"]),
     "sublayers unknown": (given(sublayers="mha,mlp"), 2, ["sublayers", "mha, ffn", "'mlp'"]),
     "scope unknown": (given(ratio_scope="all"), 2, ["ratio_scope", "model, layer", "'all'"]),
+    "allocation too large": (
+        given(allocation="1e308"),
+        2,
+        ["allocation", "from 0.001 to 1000", "got 1e+308"],
+    ),
+    "allocation too small": (given(allocation="1e-9"), 2, ["from 0.001 to 1000", "got 1e-09"]),
+    "allocation 0": (given(allocation=0), 2, ["allocation", "from 0.001 to 1000", "got 0.0"]),
+    "device of others": (given(device="mps"), 2, ["device", "auto, cpu, cuda", "'mps'"]),
+    "dtype of quantised": (
+        given(dtype="float8_e4m3fn"),
+        2,
+        ["float64, float32", "'float8_e4m3fn'"],
+    ),
+    "samples beyond all bounds": (
+        lambda bench: (
+            {"samples": 10**12} | {"calibration": bench.write("text.txt", "w1 w2 w3 " * 9)}
+        ),
+        2,
+        ["1000000000000 samples of 16 tokens", "at most 2147483648"],
+    ),
     "samples 0": (given(samples=0), 2, ["samples", "at least 1", "got 0"]),
     "field of ids": (given(field="text"), 2, ["field 'text'", ".jsonl"]),
     "revision of a folder": (given(revision="main"), 2, ["revision", "local folder"]),
@@ -446,6 +502,30 @@ def test_bad_evaluations(
 ) -> None:
     words = [str(bench.ids) if word == "IDS" else word for word in options]
     fails(["evaluate", str(bench.model), *words], status, *fragments)
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "fragment"),
+    [
+        ("nosuch", 1, "nosuch is not a folder here, and the hub cannot be reached for it"),
+        ("nobody/nosuch", 1, "nobody/nosuch is not a folder here, and the hub cannot be reached"),
+        ("./nosuch", 2, "./nosuch: no such folder"),
+        ("no/such/folder", 2, "no/such/folder: no such folder"),
+        ("no such name", 2, "no such name: neither a folder here nor a model on the hub"),
+        ("IDS", 2, "ids.npy: expected a model folder, got a file"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compress", "evaluate"])
+def test_a_model_that_is_not_there(
+    command: str, model: str, status: int, fragment: str, bench: Bench
+) -> None:
+    name = str(bench.ids) if model == "IDS" else model
+    words = {
+        "compress": bench.arguments(model=name),
+        "evaluate": ["evaluate", name, "--perplexity", str(bench.ids), "--seqlen", "16"],
+    }
+    fails(words[command], status, fragment)
+    nothing_written(bench)
 
 
 def test_evaluation_of_what_is_no_model(bench: Bench) -> None:

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -30,6 +32,8 @@ from lorap.evaluation import (
     load_evaluation_chunks,
     perplexity,
 )
+from lorap.runtime import choose_device
+from tests.tiny_models import save_tiny_checkpoint
 
 VOCABULARY = 50
 SHARED = Path(os.environ.get("LORAP_SHARED", Path(__file__).parents[2] / "shared"))
@@ -170,7 +174,7 @@ def test_no_cache_is_built_and_progress_counts_chunks() -> None:
     )
     handle.remove()
     assert caches == [None, None, None]
-    assert done == [(2, 5), (4, 5), (5, 5)]
+    assert done == [(0, 5), (2, 5), (4, 5), (5, 5)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -347,8 +351,14 @@ def test_version_of_datasets_is_reported_where_it_was_used(
         ({"seqlen": 65}, ["65 tokens", "64 positions"]),
         ({"seqlen": 1}, ["at least 2"]),
         ({"batch_size": 0}, ["batch size"]),
-        ({"device": "nonsense"}, ["'nonsense'", "auto, cpu or cuda"]),
+        *[
+            ({"device": device}, [f"'{device}'", "auto, cpu or cuda"])
+            for device in ("nonsense", "mps", "meta", "cpu:1", "cuda:", "cuda:-1", "")
+        ],
         ({"dtype": "int8"}, ["'int8'", "floating-point"]),
+        ({"dtype": "float8_e4m3fn"}, ["'float8_e4m3fn'", "floating-point"]),
+        ({"dtype": torch.float8_e5m2}, ["float8_e5m2", "floating-point"]),
+        ({"revision": "main"}, ["revision", "local folder"]),
         ({"dtype": "nonsense"}, ["'nonsense'", "floating-point"]),
         ({"source": "none.txt", "seqlen": 16}, ["'none.txt' does not exist"]),
     ],
@@ -376,8 +386,19 @@ def test_cuda_without_a_device(
     checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match="'cuda': there is no CUDA device here"):
-        evaluate_perplexity(checkpoint, text, device="cuda")
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(UsageError, match=f"'{device}': there is no CUDA device here"):
+            evaluate_perplexity(checkpoint, text, device=device)
+
+
+def test_cuda_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    for device in ("cuda:2", "cuda:99999999999"):
+        with pytest.raises(UsageError, match=f"'{device}': the last CUDA device here is cuda:1"):
+            choose_device(device)
 
 
 def test_model_or_tokenizer_that_cannot_be_loaded(
@@ -397,6 +418,79 @@ def test_model_or_tokenizer_that_cannot_be_loaded(
     np.save(tmp_path / "ids.npy", np.ones((2, 16), dtype=np.int64))
     with pytest.raises(UsageError, match=r"cannot load ModelForCausalLM of the model .*bare"):
         evaluate_perplexity(tmp_path / "bare", tmp_path / "ids.npy", seqlen=16, device="cpu")
+
+
+def test_damaged_tokenizer_is_a_sentence(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    (folder / "tokenizer.json").write_text('{"a": 1}')
+    with pytest.raises(
+        UsageError, match=r"cannot load Tokenizer of the model '.*damaged'"
+    ) as caught:
+        evaluate_perplexity(folder, text, seqlen=16)
+    assert "\n" not in str(caught.value)
+
+
+def spoil(folder: Path, edit: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> None:
+    """Edit the tensors of all shards together, and the configuration; leave one shard."""
+    tensors: dict[str, Tensor] = {}
+    for file in folder.glob("model*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    edit(tensors, config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(params=["plain", "tied", "compressed", "compressed and tied"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Return a model folder that is whole."""
+    original = tmp_path / "original"
+    save_tiny_checkpoint(original, tie_word_embeddings="tied" in request.param)
+    np.save(tmp_path / "ids.npy", np.arange(3, 35).reshape(2, 16))
+    if "compressed" not in request.param:
+        return original
+    lorap.compress_checkpoint(
+        original,
+        tmp_path / "small",
+        lorap.CompressionConfig(ratio=0.3, samples=2, seqlen=16, device="cpu"),
+        calibration=str(tmp_path / "ids.npy"),
+    )
+    return tmp_path / "small"
+
+
+def test_no_perplexity_of_weights_that_are_not_there(folder: Path, tmp_path: Path) -> None:
+    def evaluate() -> float:
+        return evaluate_perplexity(folder, tmp_path / "ids.npy", seqlen=16, device="cpu").perplexity
+
+    whole = evaluate()
+    spoil(folder, lambda tensors, config: None)
+    assert evaluate() == whole
+    spoil(folder, lambda tensors, _: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(
+        UsageError, match=r"does not fit its config.json: model.layers.1.mlp.up_proj.weight is miss"
+    ) as caught:
+        evaluate()
+    assert "more" not in str(caught.value)
+    spoil(folder, lambda tensors, _: tensors.pop("model.norm.weight"))
+    with pytest.raises(UsageError, match=r"up_proj.weight is missing \(and 1 more such weights\)"):
+        evaluate()
+
+
+def test_no_perplexity_of_weights_of_another_shape(folder: Path, tmp_path: Path) -> None:
+    def edit(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        if "lorap" in config:
+            config["lorap"]["layers"][1]["mlp"]["width"] += 1
+        else:
+            config["intermediate_size"] += 1
+
+    spoil(folder, edit)
+    with pytest.raises(
+        UsageError, match=r"mlp.down_proj.weight has the shape \(32, \d+\), expected \(32, \d+\)"
+    ):
+        evaluate_perplexity(folder, tmp_path / "ids.npy", seqlen=16, device="cpu")
 
 
 @pytest.mark.skipif(

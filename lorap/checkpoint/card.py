@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def model_card(report: Mapping[str, Any], *, name: str, original: Path | None = 
     model, base = str(report["model"]), {"base_model": str(report["model"])}
     if is_local(model):
         # Neither the hub nor other readers know this machine's folders.
-        model, base = Path(model).expanduser().resolve().name, {}
+        model, base = Path(os.path.expanduser(model)).resolve().name, {}
     front = {
         **_inherited(original),
         **base,

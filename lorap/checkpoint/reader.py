@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -263,7 +264,7 @@ def open_compressed(folder: str | Path) -> CheckpointReader:
     UsageError
         If it is no folder of a compressed model, or its files are damaged.
     """
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     file = path / CONFIG
     if not file.is_file():
         raise UsageError(f"{folder}: expected the folder of a compressed model: no config.json")
@@ -359,7 +360,7 @@ def _find_config(model: str | Path, revision: str | None) -> tuple[Path, Pretrai
 
 
 def _local_folder(model: str | Path, revision: str | None) -> Path:
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if revision is not None:
         raise UsageError(f"a revision belongs to a hub name, and {model} is a local folder")
     if not path.exists():

@@ -70,11 +70,11 @@ def check_output(
         If the output exists and may not be replaced, holds an input, cannot be written, or the
         disk is too full.
     """
-    path = Path(output).expanduser().resolve()
+    path = Path(os.path.expanduser(output)).resolve()
     try:
         _check_existing(path, output, overwrite)
         for given in inputs:
-            if given.expanduser().resolve().is_relative_to(path):
+            if Path(os.path.expanduser(given)).resolve().is_relative_to(path):
                 raise UsageError(
                     f"{output} is not replaced: {given}, which is read, is the same or lies in it"
                 )

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+MOST_TOKENS = 2**31
+"""Most tokens of calibration that are cut from text: 16 GiB of ids."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The calibration samples and where they come from.
@@ -234,6 +238,11 @@ def _samples_of_text(
     seqlen: int,
     rng: np.random.Generator,
 ) -> npt.NDArray[np.int64]:
+    if samples * seqlen > MOST_TOKENS:
+        raise UsageError(
+            f"{samples} samples of {seqlen} tokens were asked for: expected at most {MOST_TOKENS} "
+            "tokens of calibration"
+        )
     chosen = np.empty((samples, seqlen), dtype=np.int64)
     passages: dict[int, npt.NDArray[np.int64]] = {}
     # Rows from `limit` on are known to be followed by too little text. Drawing below it is what

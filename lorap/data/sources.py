@@ -212,7 +212,8 @@ def read_source(
     """
     source = os.fspath(source)
     hub = _hub_source(source, split_role)
-    path = Path(source)
+    # Unlike Path.expanduser, this leaves the name of an unknown user as it is.
+    path = Path(os.path.expanduser(source))
     reader = None if hub else _FILE_READERS.get(path.suffix.lower())
     if field is not None and (hub is not None or reader not in (_read_jsonl, _read_parquet)):
         raise UsageError(
