@@ -6,6 +6,8 @@ sides that both err are apart by the sum of their errors; terms in eps^2 are lef
 by ``SECOND_ORDER``.
 """
 
+from fractions import Fraction
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -89,6 +91,15 @@ def root(eps: float = EPS64) -> float:
     NumPy's is correctly rounded, eps / 2; torch's vectorised one may err by eps.
     """
     return 1.5 * eps
+
+
+def scaled_norms(tokens: int) -> float:
+    """Relative distance of the norms of ``c X`` from c times those of X.
+
+    Each entry of c X is rounded once more, which its square doubles; c times a norm, or what is
+    made of the norms of c X over c, is one more rounding.
+    """
+    return root_of_positive_sum(tokens + 2) + EPS64
 
 
 def weight_importance(eps: float) -> float:
@@ -282,6 +293,16 @@ def full_rank(W: Array, eps: float) -> float:
     return (orthonormality(shape, eps) + max(shape) * eps) * float(np.linalg.norm(W))
 
 
+def full_column_rank(W: Array, scale: Array, eps: float) -> float:
+    """Distance of the product at full column rank from W itself, where no feature is dead.
+
+    ``(I - U U^T) W D`` is at most the error of the decomposition of W D, ``SVD_FACTOR * u(W D)``;
+    the inverse of D magnifies it by ``1 / min(D)``. The rest is that of ``full_rank``.
+    """
+    magnified = svd_unit(spectral_norm(W * scale), (W.shape[0], W.shape[1]), eps) / np.min(scale)
+    return SVD_FACTOR * float(magnified) + full_rank(W, eps)
+
+
 def tail_root(S: Array, shape: tuple[int, int], eps: float) -> float:
     """Distance of the root of the error of Eq. (7) from that of the tail energy.
 
@@ -289,6 +310,48 @@ def tail_root(S: Array, shape: tuple[int, int], eps: float) -> float:
     norm of the deviation, ``SVD_FACTOR * u``, which also covers the rounding of the product.
     """
     return float(np.sqrt(min(shape))) * singular_values(S, shape, eps)
+
+
+def rival(A: Array, B: Array, scale: Array, root_of_error: float, eps: float = EPS64) -> float:
+    """Room for the root of the error of ``A B``, as computed, below that of the product itself.
+
+    The rounded product is no longer of the rank of its factors: entry by entry it is off by
+    ``low_rank_apply`` of the identity, and the root of its error by the Frobenius norm of that
+    times D. Evaluating the error is a sum as in ``weighted_error``, under a root.
+    """
+    rounding = low_rank_apply(A, B, np.eye(B.shape[1]), eps).T * scale
+    entries = A.shape[0] * B.shape[1]
+    return float(np.linalg.norm(rounding)) + root_of_positive_sum(entries + 4, eps) * root_of_error
+
+
+def share(whole: Fraction) -> Fraction:
+    """Distance of a share of the budget, in ranks, computed in doubles from the exact one.
+
+    Of ``p * b_m * (w_m * N / W)`` the break-even rank is one rounding, W with its products and sums
+    four, and the other products and the quotient four: nine of eps / 2 each. A later round
+    subtracts ``N_dense * w_m * b_m / W'``, with as many, from ``p * (N * w_m * b_m / W')``. Both
+    are at most ``whole``, so that ``9 eps * whole`` holds for the two and for what is of eps^2.
+
+    Parameters
+    ----------
+    whole : Fraction
+        ``N * w_m * b_m / W`` of the round.
+    """
+    return 9 * Fraction(EPS64) * whole
+
+
+def band(whole: Fraction) -> Fraction:
+    """Distance of the width of the removed band, computed in doubles, before it is floored.
+
+    ``(s + least) * d_m`` is two roundings of eps / 2 and ``least * d_m`` one; ``2 eps * whole``
+    also covers what is of eps^2.
+
+    Parameters
+    ----------
+    whole : Fraction
+        ``(s + least) * d_m``, exact.
+    """
+    return 2 * Fraction(EPS64) * whole
 
 
 def retained_energy(terms: int) -> float:
