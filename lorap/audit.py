@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lorap.checkpoint.files import CALIBRATION, REPORT, STATISTICS
 from lorap.checkpoint.reader import CheckpointReader, open_checkpoint, open_compressed
 from lorap.config import CompressionConfig, Override
 from lorap.data.calibration import check_vocabulary, load_calibration
 from lorap.errors import LorapError, UsageError
 from lorap.families import Family
-from lorap.report import CALIBRATION_FILE, FORMAT_VERSION, REPORT_FILE, STATISTICS_FILE
+from lorap.report import FORMAT_VERSION
 from lorap.runtime import choose_dtype
 from lorap_reference import budget, importance, llama, lowrank, pruning, statistics
 
@@ -307,10 +308,10 @@ class _Record:
 
     @classmethod
     def read(cls, stored: CheckpointReader) -> _Record:
-        file = stored.path / REPORT_FILE
+        file = stored.path / REPORT
         if not file.is_file():
             raise UsageError(
-                f"{stored.source} holds no {REPORT_FILE}: expected a folder that lorap wrote"
+                f"{stored.source} holds no {REPORT}: expected a folder that lorap wrote"
             )
         try:
             report = json.loads(file.read_text(encoding="utf-8"))
@@ -325,7 +326,7 @@ class _Record:
             settings = CompressionConfig(**values)
         except (KeyError, TypeError, UsageError) as error:
             raise UsageError(f"{file}: its settings cannot be used: {error}") from error
-        norms = _read_arrays(stored.path / STATISTICS_FILE)
+        norms = _read_arrays(stored.path / STATISTICS)
         return cls(report, settings, {name: x.astype(np.float64) for name, x in norms.items()})
 
 
@@ -362,7 +363,7 @@ def _calibration_ids(
             seed=settings.seed,
         )
         return np.asarray(chosen.input_ids.numpy())
-    file = stored.path / CALIBRATION_FILE
+    file = stored.path / CALIBRATION
     ids = _read_arrays(file).get("input_ids")
     if ids is None or ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise UsageError(f"{file}: expected input_ids of shape (N, L) and of an integer dtype")
@@ -591,7 +592,7 @@ def _audit_report(
             expected["parameters_before"] = module.parameters_before
             got = {key: said.get(key) for key in expected}
             checks.append(_equal(f"layers.{index}.{name}", expected, got))
-    return ModuleAudit(REPORT_FILE, "", tuple(checks))
+    return ModuleAudit(REPORT, "", tuple(checks))
 
 
 def _said_of(report: Mapping[str, Any], index: int, name: str) -> Mapping[str, Any]:
@@ -940,7 +941,7 @@ def _norms(
         recorded = context.record.norms.get(name)
         if recorded is None or recorded.shape != x.shape:
             raise UsageError(
-                f"{context.stored.path / STATISTICS_FILE}: expected {name} of shape {x.shape}, got "
+                f"{context.stored.path / STATISTICS}: expected {name} of shape {x.shape}, got "
                 f"{None if recorded is None else recorded.shape}"
             )
         unit = np.where(x > 0, x, np.max(x, initial=0.0) or 1.0)

@@ -36,6 +36,10 @@ ARGUMENTS = "lorap.arguments"
 """Key under which a context holds the words of the command line."""
 
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a run after it has tidied up."""
+
+
 class _Ended(KeyboardInterrupt):
     """The run was told to end by a signal."""
 
@@ -60,7 +64,7 @@ class _Commands(TyperGroup):
             _fail(str(error), 1)
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, _Ended) else signal.SIGINT
-            _fail("interrupted; nothing that was begun is left behind", 128 + number)
+            _fail("interrupted; nothing half-written is left behind", 128 + number)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -103,7 +107,7 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line."""
     # So that a run that is told to end removes what it had begun, as one that is interrupted does.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         # nohup has a run outlive its terminal.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
@@ -112,7 +116,7 @@ def main() -> None:
 
 def _end(number: int, frame: object) -> None:
     # Another signal must not interrupt the removal.
-    for later in (signal.SIGTERM, signal.SIGHUP):
+    for later in ENDING:
         signal.signal(later, signal.SIG_IGN)
     raise _Ended(number)
 

@@ -381,10 +381,9 @@ def evaluate_perplexity(
             raise
         except Exception as error:  # damaged files raise errors of many kinds in transformers
             what = auto_class.__name__.removeprefix("Auto")
-            lines = str(error).strip().splitlines()
             kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
             raise UsageError(
-                f"cannot load {what} of the model {name!r}: {kind}{lines[0] if lines else ''}"
+                f"cannot load {what} of the model {name!r}: {kind}{' '.join(str(error).split())}"
             ) from error
 
     config = load(AutoConfig).get_text_config()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorap import report
+from lorap.checkpoint import files
 from lorap.checkpoint.card import model_card
 from lorap.checkpoint.reader import (
     CheckpointReader,
@@ -279,9 +280,9 @@ def compress_checkpoint(
             f"calibration={calibration!r})",
         )
         writer.copy_side_files(reader.path)
-        writer.write_safetensors(report.CALIBRATION_FILE, {"input_ids": chosen.input_ids})
-        writer.write_safetensors(report.STATISTICS_FILE, norms)
-        writer.write_json(report.REPORT_FILE, summary)
+        writer.write_safetensors(files.CALIBRATION, {"input_ids": chosen.input_ids})
+        writer.write_safetensors(files.STATISTICS, norms)
+        writer.write_json(files.REPORT, summary)
         writer.write_text("README.md", model_card(summary, name=output.name, original=reader.path))
         writer.commit(family.compressed_config(reader.config, plan.structure()))
     return summary

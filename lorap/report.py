@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 
+from lorap.checkpoint.files import CALIBRATION
 from lorap.config import CompressionConfig
 from lorap.data.calibration import Calibration
 from lorap.plan import Plan
 from lorap.runtime import peak_memory, versions
 
-REPORT_FILE = "lorap_report.json"
-CALIBRATION_FILE = "lorap_calibration.safetensors"
-STATISTICS_FILE = "lorap_statistics.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -70,7 +68,7 @@ def make_report(
             "seqlen": seqlen,
             "seed": config.seed,
             "fingerprint": calibration.fingerprint,
-            "file": CALIBRATION_FILE,
+            "file": CALIBRATION,
         },
         "layers": [{"seconds": spent, "modules": dict(modules)} for modules, spent in layers],
         "device": str(device),

@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 import lorap
 from lorap import cli
 from lorap.audit import AuditResult, Check, audit
+from lorap.checkpoint.files import CALIBRATION, REPORT, STATISTICS
 from lorap.config import CompressionConfig, Override
 from lorap.errors import UsageError
-from lorap.report import CALIBRATION_FILE, REPORT_FILE, STATISTICS_FILE
 from tests.tiny_models import VARIANTS, save_tiny_checkpoint, token_ids
 
 SHARED = Path(os.environ.get("LORAP_SHARED", Path(__file__).parents[2] / "shared"))
@@ -55,7 +55,7 @@ def change(folder: Path, name: str, edit: Callable[[Tensor], Tensor]) -> None:
 
 
 def change_report(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    file = folder / REPORT_FILE
+    file = folder / REPORT
     report = json.loads(file.read_text())
     edit(report)
     file.write_text(json.dumps(report))
@@ -286,7 +286,7 @@ def test_a_changed_product_is_caught_in_any_basis(tmp_path: Path) -> None:
 
 def swap_channel(folder: Path, original: Path, *, in_report: bool) -> None:
     """Put the removed channel of least index in the place of the kept one before or after it."""
-    report = json.loads((folder / REPORT_FILE).read_text())
+    report = json.loads((folder / REPORT).read_text())
     module = report["layers"][1]["modules"]["mlp"]
     kept = module["kept_channels"]
     removed = next(i for i in range(48) if i not in kept)
@@ -334,14 +334,14 @@ def test_other_calibration_ids_are_caught(
     other = token_ids(8, 24, seed=1)
 
     def tamper(folder: Path) -> None:
-        save_file({"input_ids": other}, folder / CALIBRATION_FILE)
+        save_file({"input_ids": other}, folder / CALIBRATION)
         if fingerprint:
             digest = hashlib.sha256(np.asarray(other.shape, dtype="<i8").tobytes())
             digest.update(other.numpy().astype("<i8").tobytes())
             change_report(folder, lambda r: r["calibration"].update(fingerprint=digest.hexdigest()))
 
     found = breaches(tampered(pair, tmp_path, tamper))
-    assert (REPORT_FILE in found) == (not fingerprint)
+    assert (REPORT in found) == (not fingerprint)
     for name in ("layers.0.self_attn.q_proj", "layers.1.self_attn.o_proj", "layers.2.mlp"):
         assert any("norms of the inputs" in check.name for check in found[name])
 
@@ -351,8 +351,8 @@ def test_recorded_norms_of_other_ids_are_caught_too(
 ) -> None:
     """A checkpoint made from other ids, consistent in itself, beside the ids it pretends to."""
     other = compress(pair[0], tmp_path / "other", token_ids(8, 24, seed=1), least_important=0.05)
-    shutil.copy(pair[1] / CALIBRATION_FILE, other / CALIBRATION_FILE)
-    about = json.loads((pair[1] / REPORT_FILE).read_text())["calibration"]
+    shutil.copy(pair[1] / CALIBRATION, other / CALIBRATION)
+    about = json.loads((pair[1] / REPORT).read_text())["calibration"]
     change_report(other, lambda report: report.update(calibration=about))
     found = breaches(audit(pair[0], other))
     checks = {check.name for check in found["layers.0.self_attn.q_proj"]}
@@ -391,15 +391,15 @@ def set_score(report: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("edit", "module"),
     [
-        (set_ratio, REPORT_FILE),
+        (set_ratio, REPORT),
         (set_both_ratios, "tensors"),
-        (lambda r: r.update(achieved_ratio=r["achieved_ratio"] + 1e-6), REPORT_FILE),
-        (lambda r: r.update(layer_ratio=0.3), REPORT_FILE),
-        (lambda r: r["parameters"].update(after=1), REPORT_FILE),
-        (lambda r: r["calibration"].update(seed=7), REPORT_FILE),
-        (lambda r: r["layers"].pop(), REPORT_FILE),
-        (set_rank, REPORT_FILE),
-        (set_module_parameters, REPORT_FILE),
+        (lambda r: r.update(achieved_ratio=r["achieved_ratio"] + 1e-6), REPORT),
+        (lambda r: r.update(layer_ratio=0.3), REPORT),
+        (lambda r: r["parameters"].update(after=1), REPORT),
+        (lambda r: r["calibration"].update(seed=7), REPORT),
+        (lambda r: r["layers"].pop(), REPORT),
+        (set_rank, REPORT),
+        (set_module_parameters, REPORT),
         (set_error, "layers.1.self_attn.q_proj"),
         (set_energy, "layers.1.mlp"),
         (set_score, "layers.1.mlp"),
@@ -461,7 +461,7 @@ def test_calibration_from_a_source(plain_pair: tuple[Path, Path], tmp_path: Path
     assert_passes(audit(plain_pair[0], plain_pair[1], calibration=given))
     np.save(tmp_path / "other.npy", token_ids(8, 24, seed=5).numpy())
     found = breaches(audit(plain_pair[0], plain_pair[1], calibration=tmp_path / "other.npy"))
-    assert REPORT_FILE in found
+    assert REPORT in found
     assert "layers.0.mlp" in found
 
 
@@ -487,9 +487,9 @@ def test_the_result_as_json(plain_pair: tuple[Path, Path], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        (REPORT_FILE, "holds no lorap_report.json"),
-        (CALIBRATION_FILE, "is missing"),
-        (STATISTICS_FILE, "is missing"),
+        (REPORT, "holds no lorap_report.json"),
+        (CALIBRATION, "is missing"),
+        (STATISTICS, "is missing"),
         ("config.json", "no config.json"),
         ("model.safetensors.index.json", "holds no weights"),
     ],
@@ -504,10 +504,10 @@ def test_a_missing_file(
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (REPORT_FILE, "{", "not readable as JSON"),
-        (REPORT_FILE, "[]", "expected format_version 1, got None"),
-        (REPORT_FILE, '{"format_version": 1, "settings": {"ratio": 7}}', "cannot be used"),
-        (CALIBRATION_FILE, "x", "not readable as safetensors"),
+        (REPORT, "{", "not readable as JSON"),
+        (REPORT, "[]", "expected format_version 1, got None"),
+        (REPORT, '{"format_version": 1, "settings": {"ratio": 7}}', "cannot be used"),
+        (CALIBRATION, "x", "not readable as safetensors"),
     ],
 )
 def test_a_damaged_file(
@@ -519,9 +519,9 @@ def test_a_damaged_file(
 
 def test_norms_of_another_shape(plain_pair: tuple[Path, Path], tmp_path: Path) -> None:
     def tamper(folder: Path) -> None:
-        norms = load_file(folder / STATISTICS_FILE)
+        norms = load_file(folder / STATISTICS)
         norms["model.layers.0.ffn"] = norms["model.layers.0.ffn"][1:].clone()
-        save_file(norms, folder / STATISTICS_FILE)
+        save_file(norms, folder / STATISTICS)
 
     with pytest.raises(UsageError, match=r"model\.layers\.0\.ffn of shape \(32,\)"):
         tampered(plain_pair, tmp_path, tamper)
@@ -633,7 +633,7 @@ def test_real_models(model: Path, dtype: torch.dtype, tmp_path: Path) -> None:
         "layers.1.self_attn.q_proj": lambda f: change(
             f, f"{LAYER}self_attn.q_proj.left.weight", one_percent((3, 4))
         ),
-        REPORT_FILE: lambda f: change_report(f, set_ratio),
+        REPORT: lambda f: change_report(f, set_ratio),
     }.items():
         copy = tmp_path / name
         shutil.copytree(output, copy)

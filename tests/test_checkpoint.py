@@ -731,7 +731,7 @@ def test_what_lorap_did_not_write_is_never_deleted(
             writer.copy_side_files(source)
             writer.write_shard(stored_state(model))
             writer.write_text("README.md", "card")
-            for name in (REPORT, "lorap_report.html", "lorap_statistics.safetensors"):
+            for name in (REPORT, "lorap_calibration.safetensors", "lorap_statistics.safetensors"):
                 writer.write_json(name, {})
             meanwhile()
             writer.commit(model.config)

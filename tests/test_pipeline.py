@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,36 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, ids_file: str) -> Non
             progress=interrupt,
         )
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_signal_while_the_old_checkpoint_makes_way_loses_neither(
+    at: int, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_checkpoint(tmp_path / "model")
+    model, output = tmp_path / "model", tmp_path / "out"
+    lorap.compress_checkpoint(model, output, config(), calibration=ids_file)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    moves: list[Path] = []
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        moved = rename(self, target)
+        if output in (self, target):
+            moves.append(target)
+            if len(moves) == at:
+                signal.raise_signal(signal.SIGINT)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lorap.compress_checkpoint(
+            model, output, config(ratio=0.4), calibration=ids_file, overwrite=True
+        )
+    assert len(moves) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert json.loads((output / "lorap_report.json").read_text())["ratio"] == 0.4
+    AutoModelForCausalLM.from_pretrained(output)
 
 
 def test_progress_is_told_before_the_first_layer_and_after_each() -> None:

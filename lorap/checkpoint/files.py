@@ -10,6 +10,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REPORT = "lorap_report.json"
+CALIBRATION = "lorap_calibration.safetensors"
+STATISTICS = "lorap_statistics.safetensors"
 CARD = "README.md"
 TEMPLATES = "additional_chat_templates/*.jinja"
 

@@ -8,7 +8,9 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,13 +21,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorap.checkpoint.files import CARD, CONFIG, INDEX, REPORT, SIDE_FILES, WEIGHTS, side_files
+from lorap.checkpoint.files import (
+    CALIBRATION,
+    CARD,
+    CONFIG,
+    INDEX,
+    REPORT,
+    SIDE_FILES,
+    STATISTICS,
+    WEIGHTS,
+    side_files,
+)
 from lorap.errors import LorapError, UsageError
 from lorap.families import FAMILIES, Family
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # All that a checkpoint of lorap consists of.
 _OWN_FILES = (
@@ -36,9 +50,9 @@ _OWN_FILES = (
     "model-[0-9]*-of-[0-9]*.safetensors",
     INDEX,
     *(family.modeling_file.name for family in FAMILIES.values()),
-    "lorap_*.json",
-    "lorap_*.safetensors",
-    "lorap_*.html",
+    REPORT,
+    CALIBRATION,
+    STATISTICS,
 )
 
 
@@ -312,18 +326,42 @@ class CheckpointWriter:
 
     def _rename(self) -> None:
         check_output(self.output, overwrite=self._overwrite)
-        replaced = self._sibling("replaced") if self.output.exists() else None
-        if replaced is not None:
-            self.output.rename(replaced)
-        try:
-            self._staging.rename(self.output)
-        except OSError:
+        with _signals_held():
+            replaced = self._sibling("replaced") if self.output.exists() else None
             if replaced is not None:
-                replaced.rename(self.output)
-            raise
-        _sync(self.output.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced)
+                self.output.rename(replaced)
+            try:
+                self._staging.rename(self.output)
+            except OSError:
+                if replaced is not None:
+                    replaced.rename(self.output)
+                raise
+            _sync(self.output.parent)
+            if replaced is not None:
+                shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Put off what interrupts the main thread until the old checkpoint has made way for the new.
+
+    Handlers are exchanged rather than signals blocked: with several threads, a signal blocked in
+    one reaches another, and Python then runs its handler in the main thread all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+    held = {number: signal.getsignal(number) for number in _INTERRUPTS}
+    for number in held:
+        signal.signal(number, lambda received, _: pending.append(received))
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        if pending:
+            signal.raise_signal(pending[0])
 
 
 def _family_of_compressed(config: PretrainedConfig) -> Family:

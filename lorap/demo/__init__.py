@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorap.checkpoint.files import REPORT
 from lorap.config import CompressionConfig
 from lorap.evaluation import load_evaluation_chunks, perplexity
 from lorap.pipeline import Progress, compress_checkpoint
-from lorap.report import REPORT_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,7 +126,7 @@ def run_demo(
     original, compressed = (_look_at(folder, chunks) for folder in (MODEL, Path(output)))
     return DemoResult(
         output=str(output),
-        report=REPORT_FILE,
+        report=REPORT,
         ratio=RATIO,
         achieved_ratio=report["achieved_ratio"],
         original=original,
