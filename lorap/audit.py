@@ -333,6 +333,7 @@ class _Record:
 def _read_arrays(file: Path) -> dict[str, NDArray[Any]]:
     try:
         with safe_open(file, framework="np") as handle:
+            # Silenced because a handle of safetensors is no mapping and has no iterator.
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UsageError(

@@ -254,6 +254,7 @@ class LorapLlamaPreTrainedModel(LlamaPreTrainedModel):  # type: ignore[no-untype
     config: LorapLlamaConfig
     base_model_prefix = "model"
     # Instance variables in the base class, so these cannot be ClassVar.
+    # Silenced because transformers declares both as plain attributes of the instance.
     _no_split_modules = ["LorapLlamaDecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LorapLlamaDecoderLayer,
