@@ -312,8 +312,8 @@ def compress(
         str | None,
         typer.Option(
             metavar="DTYPE",
-            help="float64, float32, bfloat16 or float16, for the forwards. Decompositions use at "
-            "least float32; the output keeps the checkpoint's own.",
+            help="float64, float32, bfloat16 or float16, for the forwards. Decompositions use "
+            "float64; the output keeps the checkpoint's own.",
             show_default="the checkpoint's own",
         ),
     ] = None,

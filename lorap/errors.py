@@ -7,3 +7,9 @@ class LorapError(Exception):
 
 class UsageError(LorapError):
     """An argument, option, path or file that cannot be used. The command line exits with 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, without the paragraphs of advice that libraries append."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

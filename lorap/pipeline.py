@@ -320,7 +320,7 @@ def compress_layers(
     device : torch.device
         Where to compute.
     dtype : torch.dtype
-        Of the forwards; decompositions are done in at least float32.
+        Of the forwards; decompositions are done in float64.
 
     Yields
     ------
@@ -394,10 +394,11 @@ class _Recorder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.hidden = torch.empty(0)
         self.call: Mapping[str, Any] = {}
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.call = kwargs
+        self.hidden, self.call = hidden_states, kwargs
         return hidden_states
 
 
@@ -434,8 +435,8 @@ def _embed(
         batch_mask = None if mask is None else mask[start : start + size].to(device)
         with torch.no_grad():
             base(input_ids=ids, attention_mask=batch_mask, use_cache=False)
-            hidden = base.get_input_embeddings()(ids)
-        batches.append(_Batch(hidden, [recorder.call for recorder in recorders], batch_mask))
+        calls = [recorder.call for recorder in recorders]
+        batches.append(_Batch(recorders[0].hidden, calls, batch_mask))
     return batches
 
 

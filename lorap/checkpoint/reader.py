@@ -25,7 +25,7 @@ from lorap.checkpoint.files import (
     WEIGHTS,
     side_files,
 )
-from lorap.errors import LorapError, UsageError
+from lorap.errors import LorapError, UsageError, first_line
 from lorap.families import FAMILIES, Family, family_of
 
 if TYPE_CHECKING:
@@ -411,14 +411,9 @@ def _download(
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise LorapError(
             f"{name} is not a folder here, and the hub cannot be reached for it: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     return Path(folder)
-
-
-def _first_line(error: Exception) -> str:
-    """Cause without the paragraphs of advice that libraries append."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
-from lorap.errors import LorapError, UsageError
+from lorap.errors import LorapError, UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,7 +161,7 @@ class TextRows:
             text = tokenizer.apply_chat_template(row, tokenize=False)
         except Exception as error:  # a template may raise anything
             raise UsageError(
-                f"{where} that the tokenizer's chat template refuses: {_first_line(error)}"
+                f"{where} that the tokenizer's chat template refuses: {first_line(error)}"
             ) from error
         return str(text)
 
@@ -230,7 +230,7 @@ def read_source(
     try:
         return reader(path, source, field)
     except OSError as error:
-        raise UsageError(f"{source!r} cannot be read: {_first_line(error)}") from error
+        raise UsageError(f"{source!r} cannot be read: {first_line(error)}") from error
 
 
 def _hub_source(source: str, split_role: SplitRole) -> HubSource | None:
@@ -258,11 +258,6 @@ def _unknown_source(source: str, path: Path) -> str:
         f"{problem}: expected one of {', '.join(NAMED_SOURCES)}, owner/name:split:field on the "
         f"hub, or a local file ending in {', '.join(_FILE_READERS)}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 class _LazyRows(Sequence[Row]):
@@ -346,7 +341,7 @@ def _read_jsonl(path: Path, source: str, field: str | None) -> TextRows:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{where} is not JSON: {_first_line(error)}") from error
+            raise UsageError(f"{where} is not JSON: {first_line(error)}") from error
         if not isinstance(record, dict):
             raise UsageError(f"{where} holds a JSON {type(record).__name__}; expected an object")
         name = _choose_field(record, field, where)
@@ -380,7 +375,7 @@ def _read_parquet(path: Path, source: str, field: str | None) -> TextRows:
         name = _choose_field(dict.fromkeys(schema.names), field, repr(source))
         column = parquet.read_table(path, columns=[name]).column(name)
     except arrow.ArrowException as error:
-        raise UsageError(f"{source!r} is not a parquet file: {_first_line(error)}") from error
+        raise UsageError(f"{source!r} is not a parquet file: {first_line(error)}") from error
     if len(column) == 0:
         raise UsageError(f"the data file {source!r} is empty: it holds no rows")
     rows = _LazyRows(len(column), lambda index: column[index].as_py(), f"{source!r}, field {name}")
@@ -393,7 +388,7 @@ def _read_npy(path: Path, source: str, field: str | None) -> TokenIds:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UsageError(
-            f"{source!r} is not a .npy file of integers: {_first_line(error)}"
+            f"{source!r} is not a .npy file of integers: {first_line(error)}"
         ) from error
     if not isinstance(ids, np.ndarray):
         ids.close()
@@ -423,7 +418,7 @@ def _read_safetensors(path: Path, source: str, field: str | None) -> TokenIds:
             ids = file.get_tensor(name)
     except SafetensorError as error:
         raise UsageError(
-            f"{source!r} is not a whole safetensors file: {_first_line(error)}"
+            f"{source!r} is not a whole safetensors file: {first_line(error)}"
         ) from error
     return TokenIds(check_ids_array(ids, source), source)
 
@@ -493,7 +488,7 @@ def _read_hub(hub: HubSource, source: str) -> TextRows:
     except Exception as error:  # the library and its network layers raise errors of many kinds
         raise LorapError(
             f"the data {source!r} ({hub}) cannot be loaded from the Hugging Face Hub: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     if count == 0:
         raise UsageError(f"the data {source!r} ({hub}) is empty: it holds no rows")
