@@ -233,6 +233,73 @@ def tokens(draw: st.DrawFn) -> Array:
     )
 
 
+INPUT_KINDS = ("few", "many", "offset", "constant", "dead", "outlier", "integer")
+
+
+def input_tokens(features: int, kind: str, scale: float, seed: int) -> Array:
+    """Return inputs of a linear, ``(tokens, features)``.
+
+    Parameters
+    ----------
+    features : int
+    kind : {"few", "many", "offset", "constant", "dead", "outlier", "integer"}
+        ``few``: fewer tokens than features, so that their moment is singular; also none or one.
+        ``many``: at least twice as many tokens as features; ``dead`` and ``outlier`` likewise, with
+        features as in ``norm_vector``. ``offset``: a mean of a hundred times the spread.
+        ``constant``: all tokens equal. ``integer``: from -3 to 3, so that moments are exact.
+    scale : float
+    seed : int
+    """
+    rng = np.random.default_rng(seed)
+    if kind == "integer":
+        X = rng.integers(-3, 4, (int(rng.integers(0, 8)), features)).astype(np.float64)
+        return np.asarray(X * scale)
+    count = 2 * features + int(rng.integers(1, 100))
+    if kind == "few":
+        count = int(rng.integers(0, max(2, features)))
+    X = rng.standard_normal((count, features))
+    if kind == "offset":
+        X += 100 * rng.standard_normal(features)
+    elif kind == "constant":
+        X[:] = X[:1]
+    elif kind in ("dead", "outlier"):
+        X *= norm_vector(features, kind, 1.0, seed)
+    return np.asarray(X * scale)
+
+
+@dataclass(frozen=True)
+class OutputProblem:
+    """One low-rank problem by outputs: ``W`` (d_out, d_in), ``X`` (tokens, d_in), ``rank``."""
+
+    W: Array
+    X: Array
+    rank: int
+
+    @property
+    def C(self) -> Array:  # noqa: N802 - the letter of SPEC.md
+        """Second moment of the inputs."""
+        return self.X.T @ self.X
+
+    @property
+    def t(self) -> Array:
+        """Sum of the tokens."""
+        return np.asarray(np.sum(self.X, axis=0))
+
+    @property
+    def n(self) -> int:
+        """Tokens."""
+        return self.X.shape[0]
+
+
+@st.composite
+def output_problems(draw: st.DrawFn, kinds: tuple[str, ...] = INPUT_KINDS) -> OutputProblem:
+    """Draw a matrix, inputs of the kinds in ``input_tokens``, and a rank from 0 to full."""
+    W = draw(matrices(), label="W")
+    kind = draw(st.sampled_from(kinds), label="inputs")
+    X = input_tokens(W.shape[1], kind, draw(scales), draw(seeds))
+    return OutputProblem(W, X, draw(st.integers(0, min(W.shape)), label="rank"))
+
+
 @st.composite
 def scores(draw: st.DrawFn) -> Array:
     """Draw scores of channels: all equal, drawn from a few values (ties), or all apart."""

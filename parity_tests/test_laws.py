@@ -35,15 +35,22 @@ class Side:
     def __call__(self, function: str, *arguments: Any) -> Any:
         module, name = function.split(".")
         implementation = getattr(importlib.import_module(f"{self.package}.{module}"), name)
-        answer = implementation(
-            *(self.make(a) if isinstance(a, np.ndarray) else a for a in arguments)
-        )
+        answer = implementation(*map(self.made, arguments))
         return tuple(map(plain, answer)) if isinstance(answer, tuple) else plain(answer)
+
+    def made(self, argument: Any) -> Any:
+        if isinstance(argument, list):
+            return [self.made(part) for part in argument]
+        return self.make(argument) if isinstance(argument, np.ndarray) else argument
 
     def norms(self, X: own.Array) -> own.Array:
         """Eq. (5): the reference takes the tokens, the torch side their sums of squares."""
         given = X if self.name == "reference" else self("statistics.sum_of_squares", X)
         return np.asarray(self("statistics.feature_norms", given))
+
+    def moments(self, X: own.Array) -> tuple[own.Array, own.Array, int]:
+        """Return C, t and n, what PCA and AFM know of the inputs."""
+        return self("statistics.second_moment", X), self("statistics.token_sum", X), X.shape[0]
 
     def root_of_error(self, W: own.Array, W_hat: own.Array, scale: own.Array) -> float:
         return float(np.sqrt(self("lowrank.weighted_error", W, W_hat, scale)))
@@ -72,6 +79,12 @@ factors = st.one_of(
     st.integers(-20, 20).map(lambda exponent: 2.0**exponent), st.floats(1e-6, 1e6), own.scales
 )
 """Positive factors of all activations; a power of two changes no digit."""
+
+
+CORRELATED = own.OutputProblem(
+    np.diag([1.0, 1.0, 1.2]), np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.1], [0.0, 0.0, 1.1]]), 1
+)
+"""The third feature has the largest norm times its weight, the first two the largest direction."""
 
 
 def activations(x: own.Array, seed: int) -> own.Array:
@@ -107,6 +120,51 @@ def test_batches_in_any_order_give_the_statistics_of_the_whole(
         np.sqrt(total),
         side.norms(X),
         tolerances.root_of_positive_sum(terms),
+    )
+
+
+@pytest.mark.spec("stats.magnitudes", "stats.sum", "stats.second-moment")
+@both_sides
+@given(X=own.tokens(), data=st.data(), seed=own.seeds)
+def test_batches_in_any_order_give_the_moments_of_the_whole(
+    side: Side, X: own.Array, data: st.DataObject, seed: int
+) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, X.shape[0]), max_size=3), label="cuts"))
+    shuffled = np.random.default_rng(seed).permutation(X)
+    parts = [shuffled[a:b] for a, b in pairwise([0, *cuts, X.shape[0]])]
+    for name in ("sum_of_magnitudes", "token_sum", "second_moment"):
+        function = f"statistics.{name}"
+        total = sum(side(function, part) for part in parts)
+        magnitude = side(function, np.abs(X))
+        bound = tolerances.inner(X.shape[0] + len(parts), magnitude)
+        compare.close(f"{name} of the batches ({side})", total, side(function, X), bound)
+        assert np.all(np.abs(side(function, X)) <= magnitude + bound)
+
+
+@pytest.mark.spec("stats.second-moment", "stats.sum-of-squares", "stats.centred-moment")
+@both_sides
+@given(X=own.tokens())
+def test_moments_have_the_sums_of_squares_on_their_diagonal(side: Side, X: own.Array) -> None:
+    C, t, n = side.moments(X)
+    compare.relatively_close(
+        f"diagonal of the second moment ({side})",
+        np.diag(C),
+        side("statistics.sum_of_squares", X),
+        tolerances.positive_sum(n),
+    )
+    compare.close(
+        f"second moment, transposed ({side})", C, C.T, tolerances.inner(n, np.abs(X).T @ np.abs(X))
+    )
+    C_c = side("statistics.centred_moment", C, t, n)
+    # To move all tokens by a vector changes no moment about the mean.
+    shifted = X + np.max(np.abs(X), initial=0.0)
+    compare.close(
+        f"moment about the mean, tokens moved ({side})",
+        side("statistics.centred_moment", *side.moments(shifted)),
+        C_c,
+        tolerances.centred_moment_of(X)
+        + tolerances.centred_moment_of(shifted)
+        + tolerances.moved_tokens(X, shifted),
     )
 
 
@@ -281,7 +339,7 @@ def test_no_product_of_the_same_rank_has_a_smaller_error(
     least = side.root_of_error(W, L @ R, scale)
     room = tolerances.tail_root(S, W.shape, EPS64)
     compare.close(f"least error, from the tail ({side})", least, np.linalg.norm(S[r:]), room)
-    for A, B in [*rivals(problem, L, R, seed), side("lowrank.svd_low_rank", W, r)]:
+    for A, B in [*rivals(problem, L, R, seed), side("lowrank.svd_low_rank", W, r)[:2]]:
         error = side.root_of_error(W, A @ B, scale)
         compare.within(
             f"least error above that of another product ({side})",
@@ -357,6 +415,334 @@ def test_the_product_follows_a_permutation_of_inputs_and_outputs(
         compare.spectral(
             f"AWSVD product, permuted ({side})", L_p @ R_p, (L @ R)[rows][:, columns], bound
         )
+
+
+# ASVD, PCA, AFM, joint factors
+
+
+@pytest.mark.spec("asvd.scale", "asvd.product", "lowrank.svd")
+@both_sides
+@given(problem=own.output_problems())
+def test_asvd_with_alpha_0_is_the_plain_svd(side: Side, problem: own.OutputProblem) -> None:
+    W, X, r = problem.W, problem.X, problem.rank
+    magnitudes = side("statistics.sum_of_magnitudes", X)
+    scale = side("lowrank.magnitude_scale", magnitudes, problem.n, 0.0)
+    assert np.all(scale == 1), "dead features too"
+    plain = side("lowrank.svd_low_rank", W, r)
+    for part, other in zip(side("lowrank.awsvd", W, scale, r), plain, strict=True):
+        compare.exact(f"ASVD with alpha 0, from the plain SVD ({side})", part, other)
+
+
+@pytest.mark.spec("asvd.scale", "asvd.product", "stats.scale")
+@both_sides
+@given(problem=own.output_problems(), c=factors, alpha=st.sampled_from((0.25, 0.5, 1.0, 2.0)))
+def test_a_common_factor_of_the_activations_changes_no_product_of_asvd(
+    side: Side, problem: own.OutputProblem, c: float, alpha: float
+) -> None:
+    W, X, n, r = problem.W, problem.X, problem.n, problem.rank
+    scale, scale_c = (
+        side("lowrank.magnitude_scale", side("statistics.sum_of_magnitudes", Y), n, alpha)
+        for Y in (X, c * X)
+    )
+    rounded = tolerances.scaled_magnitudes(n, alpha)
+    compare.relatively_close(f"ASVD's scale of c X ({side})", scale_c, c**alpha * scale, rounded)
+    L, R, _ = side("lowrank.awsvd", W, scale, r)
+    L_c, R_c, _ = side("lowrank.awsvd", W, scale_c, r)
+    delta = rounded * float(np.linalg.norm(W * scale))
+    bound = tolerances.awsvd_product(W, scale, r, EPS64, delta) if W.size else 0.0
+    event("compared" if bound is not None else "no gap")
+    if bound is not None:
+        compare.spectral(f"ASVD product, activations times c ({side})", L_c @ R_c, L @ R, bound)
+
+
+@pytest.mark.spec("stats.scale", "pca.product", "afm.product")
+@both_sides
+@given(problem=own.output_problems(), c=factors)
+def test_a_common_factor_of_the_activations_changes_no_product_of_pca_and_afm(
+    side: Side, problem: own.OutputProblem, c: float
+) -> None:
+    W, X, n, r = problem.W, problem.X, problem.n, problem.rank
+    moments = side.moments(X)
+    C = moments[0]
+    moments_c = side.moments(c * X)
+    d = np.linalg.norm(X, axis=0)
+    # Each entry of c X is one rounding, twice in a product, and the sums are done anew.
+    uncentred = tolerances.through(W, tolerances.inner(n + 2, np.outer(d, d)))
+    centred = tolerances.through(W, tolerances.scaled_centred_moment(X))
+    floor = rounding_floor(W, C, max(W.shape))
+    bounds = [tolerances.pca_product(W, C, r, floor, uncentred)]
+    C_c = side("statistics.centred_moment", *moments)
+    floor = rounding_floor(W, C, max(*W.shape, n))
+    bounds.append(tolerances.pca_product(W, C_c, r, floor, centred))
+    for name, bound, statistics in (
+        ("pca", bounds[0], ((C,), moments_c[:1])),
+        ("afm", bounds[1], (moments, moments_c)),
+    ):
+        event(f"{name}: {'compared' if bound is not None else 'no gap'}")
+        if bound is not None:
+            (L, R, *_), (L_c, R_c, *_) = (side(f"pca.{name}", W, *of, r) for of in statistics)
+            compare.spectral(f"{name}, activations times c ({side})", L_c @ R_c, L @ R, bound)
+
+
+def rounding_floor(W: own.Array, C: own.Array, terms: int) -> float:
+    """What counts as zero among the eigenvalues, by the rule."""
+    return float(terms * EPS64 * np.sum(W**2 * np.diag(C)))
+
+
+@pytest.mark.spec("pca.product", "pca.spectrum", "output.error")
+@both_sides
+@given(problem=own.output_problems(), seed=own.seeds)
+@example(problem=CORRELATED, seed=0)
+def test_no_product_of_the_same_rank_has_a_smaller_error_of_the_outputs(
+    side: Side, problem: own.OutputProblem, seed: int
+) -> None:
+    W, X, r = problem.W, problem.X, problem.rank
+    C = side.moments(X)[0]
+    L, R, S = side("pca.pca", W, C, r)
+    least = side("pca.output_error", W, L @ R, C)
+    room = tolerances.least_error(W, C, L, R, rounding_floor(W, C, max(W.shape)), least)
+    compare.close(f"least error, from the eigenvalues ({side})", least, np.sum(S[r:] ** 2), room)
+    norms = side.norms(X)
+    others = [
+        side("lowrank.svd_low_rank", W, r)[:2],
+        side("lowrank.awsvd", W, norms, r)[:2],
+        side("lowrank.awsvd", W, np.sqrt(norms), r)[:2],
+    ]
+    scaled = own.Problem(W, np.ones(W.shape[1]), r)
+    for A, B in [*rivals(scaled, L, R, seed), *others]:
+        error = side("pca.output_error", W, A @ B, C)
+        compare.within(
+            f"least error of the outputs above that of another product ({side})",
+            max(0.0, least - error),
+            room + tolerances.rival_output_error(W, A, B, C, error),
+        )
+
+
+@pytest.mark.spec("afm.product", "afm.bias", "output.error")
+@both_sides
+@given(problem=own.output_problems(), seed=own.seeds)
+@example(problem=CORRELATED, seed=0)
+def test_no_affine_map_of_the_same_rank_has_a_smaller_error_than_afm(
+    side: Side, problem: own.OutputProblem, seed: int
+) -> None:
+    """Nor does PCA, which is one without a bias. Errors by the moments, bias included."""
+    W, X, r = problem.W, problem.X, problem.rank
+    C, t, n = side.moments(X)
+    C_c = side("statistics.centred_moment", C, t, n)
+    mu = side("statistics.token_mean", t, n)
+    L, R, S, bias = side("pca.afm", W, C, t, n, r)
+
+    def error(A: own.Array, B: own.Array, b: own.Array) -> float:
+        """``sum_i norm(W x_i - A B x_i - b)^2``: about the mean, and of the mean."""
+        cut = (W - A @ B) @ mu - b
+        return float(side("pca.output_error", W, A @ B, C_c) + n * np.sum(cut**2))
+
+    least = error(L, R, bias)
+    floor = rounding_floor(W, C, max(*W.shape, n))
+    delta = tolerances.through(W, tolerances.centred_moment(C, mu, n))
+    room = tolerances.least_error(W, C_c, L, R, floor, least, delta=delta)
+    room += n * float(np.sum(tolerances.afm_bias(W, L, mu, 0.0) ** 2))
+    compare.close(f"least error of AFM ({side})", least, np.sum(S[r:] ** 2), room)
+    rng = np.random.default_rng(seed)
+    L_pca, R_pca, _ = side("pca.pca", W, C, r)
+    scaled = own.Problem(W, np.ones(W.shape[1]), r)
+    for A, B in [*rivals(scaled, L, R, seed), (L_pca, R_pca)]:
+        cut = (W - A @ B) @ mu
+        # Without a bias, as PCA; with the best one; with that and something more.
+        for b in (np.zeros(W.shape[0]), cut, cut * rng.uniform(0, 2, cut.size), bias):
+            other = error(A, B, b)
+            compare.within(
+                f"least error of AFM above that of another map ({side})",
+                max(0.0, least - other),
+                room + tolerances.rival_output_error(W, A, B, C_c, other),
+            )
+
+
+@pytest.mark.spec("afm.product", "afm.bias", "pca.product")
+@both_sides
+@given(problem=own.output_problems())
+def test_afm_of_inputs_with_mean_zero_is_pca(side: Side, problem: own.OutputProblem) -> None:
+    W, C, n, r = problem.W, problem.C, problem.n, problem.rank
+    L, R, S, bias = side("pca.afm", W, C, np.zeros(C.shape[0]), n, r)
+    L_pca, R_pca, S_pca = side("pca.pca", W, C, r)
+    compare.exact(f"singular values of AFM without a mean ({side})", S, S_pca)
+    compare.exact(f"bias of AFM without a mean ({side})", bias, np.zeros(W.shape[0]))
+    # The floors differ where there are more tokens than features.
+    floors = [rounding_floor(W, C, terms) for terms in (max(W.shape), max(*W.shape, n))]
+    between = (min(floors) < S**2) & (max(floors) >= S**2)
+    event("between the floors" if np.any(between) else "compared")
+    if not np.any(between):
+        compare.exact(f"left factor of AFM without a mean ({side})", L, L_pca)
+        compare.exact(f"right factor of AFM without a mean ({side})", R, R_pca)
+
+
+@pytest.mark.spec("pca.product", "awsvd.product", "output.error", "awsvd.objective")
+@both_sides
+@given(problem=own.problems())
+def test_pca_of_uncorrelated_inputs_is_awsvd(side: Side, problem: own.Problem) -> None:
+    """AWSVD knows the diagonal of C alone."""
+    W, scale, r = problem.W, problem.scale, problem.rank
+    C = np.diag(scale**2)
+    L, R, S = side("pca.pca", W, C, r)
+    L_a, R_a, S_a = side("lowrank.awsvd", W, scale, r)
+    square = tolerances.eigenvalues(W, C, tolerances.through(W, tolerances.inner(1, C)))
+    known = square + tolerances.square_of_singular_values(S_a, W.shape)
+    compare.close(f"eigenvalues of W D^2 W^T ({side})", S**2, S_a**2, known)
+    compare.close(
+        f"error of the outputs, from the weighted one ({side})",
+        side("pca.output_error", W, L_a @ R_a, C),
+        side("lowrank.weighted_error", W, L_a @ R_a, scale),
+        tolerances.output_error(W, L_a @ R_a, C),
+    )
+    floor = rounding_floor(W, C, max(W.shape))
+    if r > 0 and S_a[r - 1] ** 2 <= floor + known:
+        event("too small to show in the eigenvalues")
+        return
+    by_moment = tolerances.pca_product(W, C, r, floor, known)
+    by_scale = tolerances.awsvd_product(W, scale, r, EPS64) if W.size else 0.0
+    determined = by_moment is not None and by_scale is not None
+    event("compared" if determined else "no gap")
+    if by_moment is not None and by_scale is not None:
+        compare.spectral(f"PCA, from AWSVD ({side})", L @ R, L_a @ R_a, by_moment + by_scale)
+
+
+@pytest.mark.spec("pca.product", "pca.spectrum", "afm.product", "output.error")
+@both_sides
+@given(problem=own.output_problems())
+def test_the_errors_of_pca_and_afm_fall_with_the_rank(
+    side: Side, problem: own.OutputProblem
+) -> None:
+    W, X = problem.W, problem.X
+    C, t, n = side.moments(X)
+    C_c = side("statistics.centred_moment", C, t, n)
+    mu = side("statistics.token_mean", t, n)
+    delta = tolerances.through(W, tolerances.centred_moment(C, mu, n))
+    for name, moment, statistics, terms, more in (
+        ("pca", C, (C,), max(W.shape), 0.0),
+        ("afm", C_c, (C, t, n), max(*W.shape, n), delta),
+    ):
+        errors, bounds, floor = [], [], rounding_floor(W, C, terms)
+        for r in range(min(W.shape) + 1):
+            L, R, *_ = side(f"pca.{name}", W, *statistics, r)
+            errors.append(side("pca.output_error", W, L @ R, moment))
+            bounds.append(tolerances.least_error(W, moment, L, R, floor, errors[-1], delta=more))
+        compare.within(
+            f"rise of the error of {name} with the rank ({side})",
+            np.maximum(np.diff(errors), 0),
+            np.add(bounds[:-1], bounds[1:]),
+        )
+        # All of the outputs at full rank; what is there at rank 0.
+        compare.within(f"error of {name} at full rank ({side})", errors[-1], bounds[-1])
+        compare.close(
+            f"error of {name} at rank 0 ({side})",
+            errors[0],
+            np.trace(W @ moment @ W.T),
+            bounds[0],
+        )
+
+
+@pytest.mark.spec("pca.product", "pca.deficient", "afm.product", "afm.deficient", "afm.bias")
+@both_sides
+@given(problem=own.output_problems())
+@example(problem=CORRELATED)
+def test_full_rank_of_pca_and_afm_gives_the_weight_back(
+    side: Side, problem: own.OutputProblem
+) -> None:
+    """Where there are no more outputs than inputs: whatever the inputs were."""
+    W, X = problem.W, problem.X
+    if W.shape[0] > W.shape[1]:
+        W = W.T
+        X = np.resize(X, (problem.n, W.shape[1]))
+    C, t, n = side.moments(X)
+    bound = tolerances.full_rank(W, EPS64)
+    L, R, _ = side("pca.pca", W, C, W.shape[0])
+    compare.spectral(f"W at full rank of PCA ({side})", L @ R, W, bound)
+    L, R, _, bias = side("pca.afm", W, C, t, n, W.shape[0])
+    compare.spectral(f"W at full rank of AFM ({side})", L @ R, W, bound)
+    mu = side("statistics.token_mean", t, n)
+    compare.close(
+        f"bias at full rank of AFM ({side})",
+        bias,
+        np.zeros(W.shape[0]),
+        tolerances.afm_bias(W, L, mu, bound),
+    )
+
+
+@pytest.mark.spec("pca.product", "pca.deficient")
+@both_sides
+@given(problem=own.output_problems(), seed=own.seeds)
+def test_pca_follows_a_permutation_of_inputs_and_outputs(
+    side: Side, problem: own.OutputProblem, seed: int
+) -> None:
+    W, C, r = problem.W, problem.C, problem.rank
+    rng = np.random.default_rng(seed)
+    rows, columns = rng.permutation(W.shape[0]), rng.permutation(W.shape[1])
+    L, R, S = side("pca.pca", W, C, r)
+    L_p, R_p, S_p = side("pca.pca", W[rows][:, columns], C[columns][:, columns], r)
+    known = tolerances.eigenvalues(W, C)
+    compare.close(f"eigenvalues of W C W^T, permuted ({side})", S_p**2, S**2, known)
+    bound = tolerances.pca_product(W, C, r, rounding_floor(W, C, max(W.shape)))
+    event("compared" if bound is not None else "no gap")
+    if bound is not None:
+        compare.spectral(
+            f"PCA product, permuted ({side})", L_p @ R_p, (L @ R)[rows][:, columns], bound
+        )
+
+
+@pytest.mark.spec("joint.stack", "joint.split", "pca.product", "output.error")
+@both_sides
+@given(problem=own.output_problems(), cut=st.integers(0, 24), data=st.data())
+def test_joint_factors_lie_between_those_of_the_parts(
+    side: Side, problem: own.OutputProblem, cut: int, data: st.DataObject
+) -> None:
+    """The error is the sum of those of the parts. At equal rank the parts do better apart, with two
+    right factors; at the sum of their ranks they do better together.
+    """
+    W, C = problem.W, problem.C
+    cut = min(cut, W.shape[0])
+    parts = [W[:cut], W[cut:]]
+    ranks = [data.draw(st.integers(0, min(part.shape)), label="rank") for part in parts]
+    stack = side("joint.stacked", parts)
+    compare.exact(f"stack ({side})", stack, W)
+    floor = rounding_floor(W, C, max(W.shape))
+
+    def joint(r: int) -> tuple[float, float]:
+        L, R, _ = side("pca.pca", stack, C, r)
+        lefts = side("joint.split", L, [cut, W.shape[0] - cut])
+        error = sum(
+            side("pca.output_error", part, left @ R, C)
+            for part, left in zip(parts, lefts, strict=True)
+        )
+        whole = side("pca.output_error", W, L @ R, C)
+        # The rows of a product may be rounded otherwise than those of the whole.
+        twice = 2 * tolerances.rival_output_error(W, L, R, C, whole)
+        compare.close(f"error of the stack, part by part ({side})", error, whole, twice)
+        return error, tolerances.least_error(W, C, L, R, floor, error) + twice
+
+    def apart(ranks: list[int]) -> tuple[float, float]:
+        error = bound = 0.0
+        for part, r in zip(parts, ranks, strict=True):
+            L, R, _ = side("pca.pca", part, C, r)
+            own_error = side("pca.output_error", part, L @ R, C)
+            own_floor = rounding_floor(part, C, max(part.shape))
+            error += own_error
+            bound += tolerances.least_error(part, C, L, R, own_floor, own_error)
+        return error, bound
+
+    # By no more than what rounding leaves uncertain in either.
+    r = min(ranks)
+    together, separate = joint(r), apart([r, r])
+    compare.within(
+        f"error apart above that together, at equal rank ({side})",
+        max(0.0, separate[0] - together[0]),
+        separate[1] + together[1],
+    )
+    together, separate = joint(min(sum(ranks), *W.shape)), apart(ranks)
+    compare.within(
+        f"error together above that apart, at the sum of the ranks ({side})",
+        max(0.0, together[0] - separate[0]),
+        separate[1] + together[1],
+    )
 
 
 # Pruning

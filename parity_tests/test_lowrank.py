@@ -64,26 +64,30 @@ def test_low_rank_apply(
 @given(problem=own.problems(), layout=own.layouts, dtype=dtypes)
 def test_svd_low_rank(problem: own.Problem, layout: own.Layout, dtype: Dtype) -> None:
     W, r, eps = own.pair(problem.W, layout, dtype[0]), problem.rank, dtype[1]
-    left, right = ours.svd_low_rank(W.tensor, r)
+    left, right, S = ours.svd_low_rank(W.tensor, r)
     assert left.dtype == right.dtype == dtype[0]
+    assert S.dtype == torch.float64
     assert W.unchanged()
-    theirs = reference.svd_low_rank(W.array, r)
-    assert (left.shape, right.shape) == (theirs[0].shape, theirs[1].shape)
+    L, R, S_reference = reference.svd_low_rank(W.array, r)
+    assert (left.shape, right.shape) == (L.shape, R.shape)
     shape = problem.W.shape
-    S = np.linalg.svd(W.array, compute_uv=False)
+    # Eq. (4) at its word.
+    U, S_printed, V = np.linalg.svd(W.array, full_matrices=False)
+    for side, values in (("ours", S), ("reference", S_reference)):
+        compare.singular_values(f"singular values of W ({side})", values, S_printed, shape, EPS64)
     rounded = stored(compare.as_array(left), compare.as_array(right), eps)
     compare.close(
         label("error of the SVD's product, from the tail", eps),
         np.linalg.norm(W.array - product((left, right))),
-        np.linalg.norm(S[r:]),
-        rounded + (tolerances.tail_root(S, shape, EPS64) if W.array.size else 0.0),
+        np.linalg.norm(S_printed[r:]),
+        rounded + (tolerances.tail_root(S_printed, shape, EPS64) if W.array.size else 0.0),
     )
-    bound = tolerances.svd_product(S, r, shape, EPS64)
+    bound = tolerances.svd_product(S_printed, r, shape, EPS64)
     event("compared" if bound is not None else "no gap")
     if bound is not None:
-        compare.spectral(
-            label("SVD product", eps), product((left, right)), product(theirs), bound + rounded
-        )
+        printed = (U[:, :r] * S_printed[:r]) @ V[:r]
+        compare.spectral(label("SVD product", eps), product((left, right)), L @ R, bound + rounded)
+        compare.spectral("SVD product, from Eq. (4)", L @ R, printed, bound)
 
 
 @pytest.mark.spec("awsvd.scale")
@@ -105,6 +109,23 @@ def test_column_scale(
     scale += 1
     theirs += 1
     assert x.unchanged(), "the scale must not be the norms themselves"
+
+
+@pytest.mark.spec("asvd.scale")
+@given(
+    X=own.tokens(),
+    alpha=st.one_of(st.sampled_from((0.0, 0.5, 1.0)), st.floats(0, 3)),
+    layout=own.layouts,
+)
+def test_magnitude_scale(X: own.Array, alpha: float, layout: own.Layout) -> None:
+    magnitudes = own.pair(np.sum(np.abs(X), axis=0), layout)
+    scale = ours.magnitude_scale(magnitudes.tensor, X.shape[0], alpha)
+    theirs = reference.magnitude_scale(magnitudes.array, X.shape[0], alpha)
+    compare.relatively_close("ASVD's scale", scale, theirs, tolerances.magnitude_scale(alpha))
+    assert np.array_equal(theirs == 0, (magnitudes.array == 0) & (alpha > 0))
+    scale += 1
+    theirs += 1
+    assert magnitudes.unchanged(), "the scale must not be the sums themselves"
 
 
 @pytest.mark.spec("awsvd.objective", "precision.statistics")

@@ -80,6 +80,22 @@ def positive_sum(terms: int, eps: float = EPS64) -> float:
     return SECOND_ORDER * terms * eps
 
 
+def inner(terms: int, magnitude: Array, eps: float = EPS64) -> Array:
+    """Entry-by-entry distance of inner products of `terms` terms of any sign, in whatever order.
+
+    A product of two terms and each addition err by eps / 2: ``terms * eps / 2`` of the sum of the
+    magnitudes per side.
+
+    Parameters
+    ----------
+    terms : int
+        Of several products in a row, the sum of their terms.
+    magnitude : array
+        The same products of the magnitudes.
+    """
+    return np.asarray(SECOND_ORDER * terms * eps * magnitude)
+
+
 def root_of_positive_sum(terms: int, eps: float = EPS64) -> float:
     """Relative distance of the roots of two such sums: half of it, and that of two roots."""
     return SECOND_ORDER * terms / 2 * eps + root(eps)
@@ -91,6 +107,25 @@ def root(eps: float = EPS64) -> float:
     NumPy's is correctly rounded, eps / 2; torch's vectorised one may err by eps.
     """
     return 1.5 * eps
+
+
+def quotient() -> float:
+    """Relative distance of two quotients: accelerators multiply by a rounded reciprocal instead."""
+    return 1.5 * EPS64
+
+
+def magnitude_scale(alpha: float) -> float:
+    """Relative distance of a mean to the power alpha: each power may err by a last place, eps."""
+    return SECOND_ORDER * (alpha * quotient() + 2 * EPS64)
+
+
+def scaled_magnitudes(tokens: int, alpha: float) -> float:
+    """Relative distance of ASVD's scale of ``c X`` from ``c^alpha`` times that of X.
+
+    The sums are known to ``positive_sum``, the entries of ``c X`` are one rounding more, both to
+    the power alpha; and there are three powers and a product.
+    """
+    return alpha * positive_sum(tokens + 1) + magnitude_scale(alpha) + 2 * EPS64
 
 
 def scaled_norms(tokens: int) -> float:
@@ -142,7 +177,7 @@ def low_rank_apply(L: Array, R: Array, X: Array, eps: float) -> Array:
     terms, in any order; two of them in a row, of d_in and of r terms, on both sides.
     """
     magnitude = (np.abs(X) @ np.abs(R).T) @ np.abs(L).T
-    return np.asarray(SECOND_ORDER * (L.shape[1] + R.shape[1]) * eps * magnitude)
+    return inner(L.shape[1] + R.shape[1], magnitude, eps)
 
 
 def singular_values(S: Array, shape: tuple[int, int], eps: float) -> float:
@@ -209,10 +244,7 @@ def awsvd_product(W: Array, scale: Array, r: int, eps: float, delta: float = 0.0
     two products ``L (L^T W)``: ``max(m, n) * eps * norm(W)``, within the bound on the projector.
 
     Where ``rho = rank(W D) < r``, the projector has two parts. The first, of rank rho, has the gap
-    ``sigma_rho(W D)`` against 0. The second, of the remaining ranks, belongs to ``(I - P_rho) W``,
-    which the sides know to the deviation of the first part, ``delta_1 = projector * norm(W)``; its
-    product is off by at most that, and by its projector's deviation times ``norm((I - P_rho) W)``.
-    What is left of W below the floor of the rule may be taken by one side and not by the other.
+    ``sigma_rho(W D)`` against 0. The second is that of ``completed_product``.
 
     Parameters
     ----------
@@ -245,9 +277,37 @@ def awsvd_product(W: Array, scale: Array, r: int, eps: float, delta: float = 0.0
         return None if np.isinf(first) else (first + SVD_FACTOR * max(shape) * eps) * size
     if np.any(S[rho:] > 0.5 * threshold):
         return None
-    first = projector(S[:rho], rho, shape, eps, delta)
-    delta_1 = (first + SVD_FACTOR * max(shape) * eps) * size
-    rest = W - U[:, :rho] @ (U[:, :rho].T @ W)
+    return completed_product(W, U[:, :rho], r, projector(S[:rho], rho, shape, eps, delta), eps)
+
+
+def completed_product(W: Array, U: Array, r: int, first: float, eps: float = EPS64) -> float | None:
+    """Distance of ``L L^T W``, L being the directions found and those that complete them.
+
+    The directions found are known to `first`, and so ``U U^T W`` to ``delta_1 = first * norm(W)``.
+    Those that complete them belong to ``(I - U U^T) W``, which the sides know to the same; their
+    product is off by at most that, and by their projector's deviation times
+    ``norm((I - U U^T) W)``. What is left of W below the floor of the rule may be taken by one side
+    and not by the other.
+
+    Parameters
+    ----------
+    W : (d_out, d_in)
+    U : (d_out, rho)
+        The directions found, rho below r.
+    r : int
+    first : float
+        Distance of the projectors on the directions found.
+
+    Returns
+    -------
+    float or None
+        None where it is not determined.
+    """
+    if np.isinf(first):
+        return None
+    shape, rho = (W.shape[0], W.shape[1]), U.shape[1]
+    delta_1 = (first + SVD_FACTOR * max(shape) * eps) * spectral_norm(W)
+    rest = W - U @ (U.T @ W)
     rest_S = np.linalg.svd(rest, compute_uv=False)
     floor = max(shape) * eps * float(np.linalg.norm(W))
     clear = int(np.sum(floor + delta_1 < rest_S))
@@ -255,9 +315,255 @@ def awsvd_product(W: Array, scale: Array, r: int, eps: float, delta: float = 0.0
         return None
     extra = min(r - rho, clear)
     second = projector(rest_S, extra, shape, eps, delta_1)
-    if np.isinf(first) or np.isinf(second):
+    if np.isinf(second):
         return None
     return 2 * delta_1 + floor + second * (spectral_norm(rest) + delta_1)
+
+
+def feature_sizes(C: Array) -> Array:
+    """Norms of the input features, from their second moment: ``abs(C_ij) <= d_i d_j``."""
+    return np.asarray(np.sqrt(np.maximum(np.diag(C), 0)))
+
+
+def centred_moment(C: Array, mu: Array, n: int) -> Array:
+    """Entry-by-entry distance of ``C - n mu mu^T``, both sides given the same C and t.
+
+    ``n * mu_i * mu_j`` is four roundings (two means, two products), or six where a division is done
+    by a reciprocal; the difference is one more, of at most the sum of the magnitudes.
+    """
+    return inner(6, np.abs(C) + n * np.abs(np.outer(mu, mu)))
+
+
+def centred_moment_of(X: Array) -> Array:
+    """Entry-by-entry distance of ``C - n mu mu^T`` from the moment about the mean, by the tokens.
+
+    With d the norms of the features, ``n mu mu^T`` and the sum of the magnitudes behind ``X^T X``
+    are at most ``d d^T`` (Cauchy and Schwarz). In units of ``eps d d^T``, n tokens: C errs by
+    n / 2, mu by as much of the mean magnitudes, which ``n mu mu^T`` doubles to n, and
+    ``centred_moment`` by six. On the other side the error of mu drops out, since the centred
+    tokens add up to nothing; their products err by n / 2, their own roundings by two.
+    """
+    d = np.linalg.norm(X, axis=0)
+    return inner(2 * X.shape[0] + 8, np.outer(d, d))
+
+
+def scaled_centred_moment(X: Array) -> Array:
+    """Entry-by-entry distance of the moment about the mean from that of ``c X``, divided by c^2.
+
+    Each is ``centred_moment_of`` from the exact one; the entries of ``c X`` are rounded once more,
+    twice in a product, and so is c^2 times the result.
+    """
+    d = np.linalg.norm(X, axis=0)
+    return 2 * centred_moment_of(X) + inner(4, np.outer(d, d))
+
+
+def moved_tokens(X: Array, moved: Array) -> Array:
+    """Entry-by-entry change of the moment about the mean, by rounding when the tokens were moved.
+
+    An entry is off by eps / 2 of what it became, in a product with another that is centred.
+    """
+    Z, size = np.abs(X - np.mean(X, axis=0)) if X.size else np.abs(X), np.abs(moved)
+    return inner(1, size.T @ Z + Z.T @ size) + inner(1, size.T @ size) * EPS64
+
+
+def output_moment(W: Array, C: Array) -> Array:
+    """Entry-by-entry distance of ``W C W^T``: two products of d_in terms, and their mean."""
+    return inner(2 * C.shape[0] + 1, np.abs(W) @ np.abs(C) @ np.abs(W).T)
+
+
+def through(W: Array, delta: Array) -> float:
+    """Distance of ``W C W^T`` in the spectral norm, by an entry-by-entry distance of C."""
+    return spectral_norm(np.abs(W) @ delta @ np.abs(W).T)
+
+
+def eigenvalues(W: Array, C: Array, delta: float = 0.0) -> float:
+    """Distance e of ``W C W^T`` as decomposed, in the spectral norm, and of each eigenvalue (Weyl).
+
+    Forming it errs by ``output_moment``, entry by entry. The decomposition errs by some
+    ``eps * d_out * lambda_1``, as that of singular values does, ``SVD_FACTOR`` of it between the
+    sides; `delta` is the distance of what they were given.
+    """
+    M = W @ C @ W.T
+    formed = spectral_norm(output_moment(W, C))
+    return formed + SVD_FACTOR * svd_unit(spectral_norm(M), (M.shape[0], M.shape[0]), EPS64) + delta
+
+
+def pca_product(W: Array, C: Array, r: int, floor: float, delta: float = 0.0) -> float | None:
+    """Distance of ``U_r U_r^T W`` in the spectral norm, U the eigenvectors of ``W C W^T``.
+
+    As ``awsvd_product``, with eigenvalues in place of singular values and their distance e in place
+    of that of the decomposition alone: the projector turns by at most ``2 e / gap`` (Davis and
+    Kahan), where the gap of the EIGENVALUES at the cut is at least ``2 e``.
+
+    Parameters
+    ----------
+    W : (d_out, d_in)
+    C : (d_in, d_in)
+        The moment that the directions come from.
+    r : int
+    floor : float
+        Of the rule, for what counts as zero.
+    delta : float
+        Distance of the two ``W C W^T``, where the sides were not given the same.
+
+    Returns
+    -------
+    float or None
+        None where the product is not determined, or where an eigenvalue is so near the floor that
+        the two sides may count differently.
+    """
+    if r == 0:
+        return 0.0
+    lam, U = np.linalg.eigh(W @ C @ W.T)
+    lam, U = lam[::-1], U[:, ::-1]
+    known, square = eigenvalues(W, C, delta), (W.shape[0], W.shape[0])
+    beyond = known - SVD_FACTOR * svd_unit(float(lam[0]), square, EPS64)
+    rho = int(np.sum(floor + known < lam))
+    if rho >= r:
+        first = projector(lam, r, square, EPS64, beyond)
+        room = SVD_FACTOR * max(W.shape) * EPS64
+        return None if np.isinf(first) else (first + room) * spectral_norm(W)
+    if np.any(lam[rho:] > 0.5 * floor):
+        return None
+    return completed_product(W, U[:, :rho], r, projector(lam, rho, square, EPS64, beyond))
+
+
+def output_error(W: Array, W_hat: Array, C: Array) -> float:
+    """Distance of ``trace(E C E^T)`` with ``E = W - W_hat``.
+
+    E is one rounding, squared; then two products of d_in terms, and a sum over the outputs. What is
+    clipped at 0 moves towards the exact value.
+    """
+    E = np.abs(W - W_hat)
+    terms = 2 * W.shape[1] + W.shape[0] + 2
+    return float(np.sum(inner(terms, (E @ np.abs(C)) * E)))
+
+
+def rounded_product(L: Array, R: Array, C: Array, eps: float = EPS64) -> float:
+    """Root of the output error that is made by rounding ``L R``, and its factors to the dtype.
+
+    An entry-by-entry error delta of the product has a root of the output error of at most
+    ``norm(delta d)``, d the norms of the features.
+    """
+    delta = low_rank_apply(L, R, np.eye(R.shape[1]), EPS64).T
+    if eps != EPS64:
+        delta = delta + SECOND_ORDER * eps * (np.abs(L) @ np.abs(R))
+    return float(np.linalg.norm(delta @ feature_sizes(C)))
+
+
+def least_error(
+    W: Array,
+    C: Array,
+    L: Array,
+    R: Array,
+    floor: float,
+    error: float,
+    eps: float = EPS64,
+    delta: float = 0.0,
+) -> float:
+    """Distance of the output error of ``U_r U_r^T W`` from the sum of the dropped eigenvalues.
+
+    No gap is needed. With the directions of ``M + E``, ``norm(E) <= e``, the error
+    ``trace((I - P) M)`` is the sum of the dropped eigenvalues of ``M + E``, to ``d_out * e``; these
+    are within ``d_out * e`` of those of M. Directions at or below the floor may be replaced by
+    others: up to r times the floor more. Then the root of the error moves by the rounding of the
+    product and by what the columns lack in orthonormality, and the evaluation errs.
+
+    Parameters
+    ----------
+    W : (d_out, d_in)
+    C : (d_in, d_in)
+        The moment that the directions come from.
+    L, R : arrays
+        The factors, as rounded to the compute dtype.
+    floor : float
+        Of the rule, for what counts as zero.
+    error : float
+        The output error found.
+    eps : float
+        Of the compute dtype, which the factors were rounded to.
+    delta : float
+        Distance of the ``W C W^T`` that the factors come from.
+    """
+    total = float(np.sum(np.maximum(np.diag(W @ C @ W.T), 0)))
+    root = rounded_product(L, R, C, eps) + orthonormality(W.shape, EPS64) * float(np.sqrt(total))
+    known = eigenvalues(W, C, delta)
+    return (
+        W.shape[0] * (2 * known + floor)
+        + 2 * root * float(np.sqrt(error))
+        + root**2
+        + output_error(W, L @ R, C)
+    )
+
+
+def rival_output_error(W: Array, A: Array, B: Array, C: Array, error: float) -> float:
+    """Room for the output error of ``A B``, as computed, below that of the product itself.
+
+    Rounded, it is no longer of the rank of its factors: the root of its error is off by
+    ``rounded_product``. Evaluating it errs as well.
+    """
+    root = rounded_product(A, B, C)
+    return 2 * root * float(np.sqrt(error)) + root**2 + output_error(W, A @ B, C)
+
+
+def square_of_singular_values(S: Array, shape: tuple[int, int]) -> float:
+    """Distance of the squares of singular values, each of which is off by ``singular_values``."""
+    return (2 * float(S[0]) if S.size else 0.0) * singular_values(S, shape, EPS64)
+
+
+def afm_bias(W: Array, L: Array, mu: Array, product: float, eps: float = EPS64) -> Array:
+    """Entry-by-entry distance of ``(I - L L^T) W mu``, `product` being that of ``L L^T W``.
+
+    The three products, of d_in, d_out and r terms, and the difference; one more for a narrower
+    dtype.
+    """
+    y = np.abs(W) @ np.abs(mu)
+    magnitude = y + np.abs(L) @ (np.abs(L).T @ y)
+    rounding = inner(W.shape[1] + W.shape[0] + L.shape[1] + 1, magnitude)
+    if eps != EPS64:
+        rounding = rounding + inner(1, magnitude, eps)
+    return np.asarray(product * float(np.linalg.norm(mu)) + rounding)
+
+
+def whitened_product(W: Array, C: Array, G: Array, R: Array, r: int) -> float | None:
+    """Distance of ``U_r U_r^T W G`` from that of the whitened solution, ``C = G G^T``.
+
+    The computed Cholesky factor has ``abs(G G^T - C) <= (d_in + 1) eps d d^T`` (Demmel), d the
+    norms of the features; ``W G`` is rounded by ``d_in * eps / 2 * abs(W) abs(G)`` and decomposed
+    to ``SVD_FACTOR * u``, each twice in ``W G G^T W^T``. So its left singular vectors are the
+    eigenvectors of a matrix that is within
+    ``(2 d_in + 1) eps norm(abs(W) d)^2 + 2 SVD_FACTOR u sigma_1`` of ``W C W^T``. The triangular
+    solve and the product with G err by ``d_in * eps * abs(R) abs(G)`` in the rows of V, each.
+
+    Parameters
+    ----------
+    W : (d_out, d_in)
+    C, G : (d_in, d_in)
+        The moment and its lower Cholesky factor.
+    R : (r, d_in)
+        Right factor of the whitened solution, ``V_r G^-1``.
+    r : int
+
+    Returns
+    -------
+    float or None
+        None where the gap does not exceed its bound.
+    """
+    if r == 0:
+        return 0.0
+    S = np.linalg.svd(W @ G, compute_uv=False)
+    u, n = svd_unit(float(S[0]), (W.shape[0], W.shape[1]), EPS64), W.shape[1]
+    reach = float(np.linalg.norm(np.abs(W) @ feature_sizes(C)))
+    delta = inner(2 * n + 1, np.asarray(reach**2)) + 2 * SVD_FACTOR * u * float(S[0])
+    lam = np.zeros(W.shape[0])
+    lam[: S.size] = S**2
+    beyond = float(eigenvalues(W, C) + delta)
+    turned = projector(lam, r, (W.shape[0], W.shape[0]), EPS64, beyond)
+    if np.isinf(turned):
+        return None
+    solved = 2 * n * EPS64 * spectral_norm(np.abs(R) @ np.abs(G))
+    room = SVD_FACTOR * max(W.shape) * EPS64
+    return (turned + solved + 2 * room) * float(S[0]) + room * float(reach)
 
 
 def rank_is_clear(S: Array, shape: tuple[int, int], eps: float) -> bool:

@@ -15,7 +15,16 @@ from pathlib import Path
 
 LEVELS = ("MUST", "SHOULD", "MAY")
 SIDES = ("both", "reference", "torch")
-TOLERANCES = ("exact", "elementwise", "sum", "inner", "spectral", "product", "forward")
+TOLERANCES = (
+    "exact",
+    "elementwise",
+    "sum",
+    "inner",
+    "spectral",
+    "eigen",
+    "product",
+    "forward",
+)
 
 BEGIN, END = "<!-- traceability:begin -->", "<!-- traceability:end -->"
 TESTS_PER_CELL = 2

@@ -1,10 +1,12 @@
-"""Low-rank factors: Eq. (3), (4), (6), (7); Sections 2.4 and 3.2."""
+"""Low-rank factors: Eq. (3), (4), (6), (7); Sections 2.4 and 3.2. The scale of ASVD."""
 
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
+
+from .statistics import token_mean
 
 Array = NDArray[np.float64]
 Weighting = Literal["eq7", "eq6"]
@@ -30,8 +32,11 @@ def low_rank_apply(L: Array, R: Array, x: Array) -> Array:
     return (x @ R.T) @ L.T
 
 
-def svd_low_rank(W: Array, r: int) -> tuple[Array, Array]:
-    """Eq. (4): ``W ~ (U_r S_r) V_r = L R``, the r largest singular values (erratum E-003).
+def svd_low_rank(W: Array, r: int) -> tuple[Array, Array, Array]:
+    """Eq. (4): ``W ~ U_r S_r V_r``, the r largest singular values (erratum E-003).
+
+    ``U_r S_r V_r = U_r U_r^T W``: it is the activation-weighted SVD with D the identity, and its
+    factors are stored in the same way.
 
     Parameters
     ----------
@@ -42,14 +47,17 @@ def svd_low_rank(W: Array, r: int) -> tuple[Array, Array]:
     Returns
     -------
     L : (d_out, r)
+        ``U_r``; columns beyond the rank of W are zero.
     R : (r, d_in)
+        ``U_r^T W``.
+    S : (min(d_out, d_in),)
+        Singular values of W, descending.
 
     Notes
     -----
     SPEC: ``lowrank.svd``.
     """
-    U, S, V = linalg.svd(W, full_matrices=False)
-    return U[:, :r] * S[:r], V[:r]
+    return awsvd(W, np.ones(W.shape[1]), r)
 
 
 def column_scale(x: Array, weighting: Weighting = "eq7") -> Array:
@@ -72,6 +80,29 @@ def column_scale(x: Array, weighting: Weighting = "eq7") -> Array:
     SPEC: ``awsvd.scale``.
     """
     return x.copy() if weighting == "eq7" else np.sqrt(x)
+
+
+def magnitude_scale(magnitudes: Array, n: int, alpha: float) -> Array:
+    """The diagonal of ASVD's D: the mean magnitude of each input feature, to the power alpha.
+
+    Parameters
+    ----------
+    magnitudes : (d_in,)
+        ``sum_of_magnitudes`` of the linear's input.
+    n : int
+        Tokens summed over. Without tokens every feature is dead.
+    alpha : float
+        Not negative. 0 gives ones, dead features included (``0^0 = 1``): the plain SVD.
+
+    Returns
+    -------
+    (d_in,)
+
+    Notes
+    -----
+    SPEC: ``asvd.scale``. ``awsvd`` with this D is ASVD (arXiv 2312.05821).
+    """
+    return np.asarray(token_mean(magnitudes, n) ** alpha)
 
 
 def weighted_error(W: Array, W_hat: Array, scale: Array) -> float:
@@ -141,21 +172,44 @@ def awsvd(W: Array, scale: Array, r: int) -> tuple[Array, Array, Array]:
 
     Notes
     -----
-    SPEC: ``awsvd.product``, ``awsvd.dead``, ``awsvd.deficient``.
+    SPEC: ``awsvd.product``, ``awsvd.dead``, ``awsvd.deficient``, ``asvd.product``.
     """
     U, S, _ = linalg.svd(W * scale[None, :], full_matrices=False)
-    L = np.zeros((W.shape[0], r))
-    rho = min(r, numerical_rank(S, W.shape))
-    L[:, :rho] = U[:, :rho]
+    L = completed(U[:, : min(r, numerical_rank(S, W.shape))], W, r)
+    return L, L.T @ W, S
+
+
+def completed(U: Array, W: Array, r: int) -> Array:
+    """Directions to spare: ``U`` followed by those of what is left of W, then by zero columns.
+
+    Parameters
+    ----------
+    U : (d_out, rho)
+        Orthonormal columns, rho at most r: the directions that were found.
+    W : (d_out, d_in)
+    r : int
+
+    Returns
+    -------
+    (d_out, r)
+        ``U``; the leading left singular vectors of ``W - U U^T W``, as far as their singular values
+        exceed ``max(d_out, d_in) * eps * norm(W)``; zeros.
+
+    Notes
+    -----
+    SPEC: ``awsvd.deficient``, ``pca.deficient``.
+    """
+    L, rho = np.zeros((W.shape[0], r)), U.shape[1]
+    L[:, :rho] = U
     if rho < r:
         # W - U U^T W in a basis of the complement of U: its singular vectors stay orthogonal to U
         # however small it is.
-        B = linalg.qr(U[:, :rho])[0][:, rho:]
+        B = linalg.qr(U)[0][:, rho:]
         U_rest, S_rest, _ = linalg.svd(B.T @ W, full_matrices=False)
         floor = max(W.shape) * np.finfo(np.float64).eps * float(np.linalg.norm(W))
         extra = min(r - rho, int(np.sum(S_rest > floor)))
         L[:, rho : rho + extra] = B @ U_rest[:, :extra]
-    return L, L.T @ W, S
+    return L
 
 
 def numerical_rank(S: Array, shape: tuple[int, int]) -> int:

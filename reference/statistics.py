@@ -1,4 +1,4 @@
-"""Statistics of a linear's input: Eq. (5), Section 3.2.
+"""Statistics of a linear's input: Eq. (5), Section 3.2; those of the methods compared with.
 
 Notation (SPEC.md, "Notation"): ``X`` holds one token per row and one input feature per column, so
 ``X[:, j]`` is the paper's ``X_j``, the j-th feature over the ``N * L`` calibration tokens.
@@ -49,3 +49,108 @@ def feature_norms(X: Array) -> Array:
     ranking and no low-rank product (``stats.scale``).
     """
     return np.sqrt(sum_of_squares(X))
+
+
+def sum_of_magnitudes(X: Array) -> Array:
+    """Sum over tokens of the magnitudes of the input features: ``sum_i abs(X_ij)`` for every j.
+
+    Parameters
+    ----------
+    X : (tokens, d_in)
+
+    Returns
+    -------
+    (d_in,)
+        Additive over batches.
+
+    Notes
+    -----
+    SPEC: ``stats.magnitudes``.
+    """
+    return np.asarray(np.sum(np.abs(np.asarray(X, dtype=np.float64)), axis=0))
+
+
+def token_sum(X: Array) -> Array:
+    """Sum of the tokens: ``t = sum_i X_i``.
+
+    Parameters
+    ----------
+    X : (tokens, d_in)
+
+    Returns
+    -------
+    (d_in,)
+        Additive over batches.
+
+    Notes
+    -----
+    SPEC: ``stats.sum``.
+    """
+    return np.asarray(np.sum(X, axis=0, dtype=np.float64))
+
+
+def second_moment(X: Array) -> Array:
+    """Uncentred second moment of the input features: ``C = X^T X``, not divided by the tokens.
+
+    Parameters
+    ----------
+    X : (tokens, d_in)
+
+    Returns
+    -------
+    (d_in, d_in)
+        Additive over batches; its diagonal is ``sum_of_squares``.
+
+    Notes
+    -----
+    SPEC: ``stats.second-moment``.
+    """
+    X = np.asarray(X, dtype=np.float64)
+    return np.asarray(X.T @ X)
+
+
+def token_mean(total: Array, n: int) -> Array:
+    """Mean over tokens, from the sum; 0 where there are none.
+
+    Parameters
+    ----------
+    total : (d_in,)
+        ``token_sum`` or ``sum_of_magnitudes``.
+    n : int
+        Tokens summed over.
+
+    Returns
+    -------
+    (d_in,)
+
+    Notes
+    -----
+    SPEC: ``stats.mean``.
+    """
+    return total / max(n, 1)
+
+
+def centred_moment(C: Array, t: Array, n: int) -> Array:
+    """Second moment about the mean: ``C_c = sum_i (X_i - mu)(X_i - mu)^T = C - n mu mu^T``.
+
+    Parameters
+    ----------
+    C : (d_in, d_in)
+        ``second_moment``.
+    t : (d_in,)
+        ``token_sum``.
+    n : int
+        Tokens summed over; ``mu = t / n``.
+
+    Returns
+    -------
+    (d_in, d_in)
+        The covariance times n. What is much smaller than C is lost in the difference: entry i, j is
+        known to about ``n * eps * sqrt(C_ii C_jj)``.
+
+    Notes
+    -----
+    SPEC: ``stats.centred-moment``.
+    """
+    mu = token_mean(t, n)
+    return C - n * np.outer(mu, mu)

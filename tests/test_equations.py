@@ -26,7 +26,11 @@ class Side:
     def __call__(self, function: str, *arguments: Any) -> Any:
         module, name = function.split(".")
         given = [
-            self.make(np.asarray(a, dtype=np.int64 if name == "prune_ffn" and i == 3 else float))
+            tuple(self.make(np.asarray(part, dtype=float)) for part in a)
+            if isinstance(a, tuple) and name == "stacked"
+            else self.make(
+                np.asarray(a, dtype=np.int64 if name == "prune_ffn" and i == 3 else float)
+            )
             if isinstance(a, list | np.ndarray)
             else a
             for i, a in enumerate(arguments)
@@ -77,6 +81,39 @@ def test_feature_norms(side: Side) -> None:
     assert close(side.norms(X), [5, 5**0.5, 0])
 
 
+@pytest.mark.spec("stats.magnitudes")
+def test_sum_of_magnitudes(side: Side) -> None:
+    assert side("statistics.sum_of_magnitudes", X).tolist() == [7, 3, 0]
+    assert side("statistics.sum_of_magnitudes", np.zeros((0, 2))).tolist() == [0, 0]
+
+
+@pytest.mark.spec("stats.sum", "stats.mean")
+def test_token_sum_and_mean(side: Side) -> None:
+    assert side("statistics.token_sum", X).tolist() == [7, -1, 0]
+    assert side("statistics.token_sum", np.zeros((0, 2))).tolist() == [0, 0]
+    assert side("statistics.token_mean", [7.0, -1.0, 0.0], 2).tolist() == [3.5, -0.5, 0]
+    assert side("statistics.token_mean", [0.0, 0.0], 0).tolist() == [0, 0]
+
+
+@pytest.mark.spec("stats.second-moment")
+def test_second_moment(side: Side) -> None:
+    assert side("statistics.second_moment", X).tolist() == [[25, -5, 0], [-5, 5, 0], [0, 0, 0]]
+    assert side("statistics.second_moment", np.zeros((0, 2))).tolist() == [[0, 0], [0, 0]]
+    assert side("statistics.second_moment", np.zeros((2, 0))).shape == (0, 0)
+
+
+@pytest.mark.spec("stats.centred-moment")
+def test_centred_moment(side: Side) -> None:
+    """The mean is (3.5, -0.5, 0), the tokens are half of (-1, 3, 0) to either side of it."""
+    C, t = side("statistics.second_moment", X), side("statistics.token_sum", X)
+    C_c = side("statistics.centred_moment", C, t, 2)
+    assert C_c.tolist() == [[0.5, -1.5, 0], [-1.5, 4.5, 0], [0, 0, 0]]
+    one = side("statistics.second_moment", X[:1])
+    assert side("statistics.centred_moment", one, X[0], 1).tolist() == np.zeros((3, 3)).tolist()
+    none = np.zeros((3, 3))
+    assert side("statistics.centred_moment", none, [0.0, 0.0, 0.0], 0).tolist() == none.tolist()
+
+
 @pytest.mark.spec("stats.scale")
 def test_a_common_factor_of_the_norms_changes_nothing(side: Side) -> None:
     W = [[2.0, 1.0, 0.0], [0.0, 1.0, 3.0], [1.0, 1.0, 1.0]]
@@ -92,11 +129,14 @@ def test_a_common_factor_of_the_norms_changes_nothing(side: Side) -> None:
 
 @pytest.mark.spec("stats.padding")
 def test_what_the_mask_leaves_out_does_not_count() -> None:
-    from lorap.ops.statistics import sum_of_squares
+    from lorap.ops import statistics
 
-    inputs = torch.tensor([[[3.0, 1.0], [torch.nan, 9.0]], [[4.0, 2.0], [5.0, 5.0]]])
+    inputs = torch.tensor([[[3.0, 1.0], [torch.nan, 9.0]], [[-4.0, 2.0], [5.0, 5.0]]])
     mask = torch.tensor([[1, 0], [1, 0]])
-    assert sum_of_squares(inputs, mask).tolist() == [25, 5]
+    assert statistics.sum_of_squares(inputs, mask).tolist() == [25, 5]
+    assert statistics.sum_of_magnitudes(inputs, mask).tolist() == [7, 3]
+    assert statistics.token_sum(inputs, mask).tolist() == [-1, 3]
+    assert statistics.second_moment(inputs, mask).tolist() == [[25, -5], [-5, 5]]
 
 
 @pytest.mark.spec("precision.statistics")
@@ -109,6 +149,19 @@ def test_a_million_small_tokens_beside_a_large_one_are_not_lost() -> None:
     assert sum_of_squares(inputs).item() == 2**24 + 1_000_000
     half = torch.full((4096, 1), 60000.0, dtype=torch.float16)
     assert sum_of_squares(half).item() == 4096 * 60000.0**2
+
+
+@pytest.mark.spec("precision.statistics")
+def test_no_sum_over_tokens_loses_what_is_small() -> None:
+    """In float32, 2^24 swallows every 1 that is added to it."""
+    from lorap.ops import statistics
+
+    inputs = torch.ones(100_001, 2)
+    inputs[0] = 2**24
+    for sums in (statistics.sum_of_magnitudes(inputs), statistics.token_sum(inputs)):
+        assert sums.tolist() == [2**24 + 100_000] * 2
+    inputs[0] = 4096
+    assert statistics.second_moment(inputs).tolist() == [[2**24 + 100_000] * 2] * 2
 
 
 @pytest.mark.spec("importance.weight")
@@ -179,17 +232,57 @@ def test_low_rank_apply(side: Side) -> None:
 @pytest.mark.spec("lowrank.svd")
 def test_svd_low_rank(side: Side) -> None:
     """``diag(3, 2, 1)`` loses its smallest; a product of rank one is found again."""
-    left, right = side("lowrank.svd_low_rank", np.diag([3.0, 1.0, 2.0]), 2)
+    left, right, S = side("lowrank.svd_low_rank", np.diag([3.0, 1.0, 2.0]), 2)
     assert close(left @ right, np.diag([3, 0, 2]))
-    one = np.outer([1, 2, 3], [4, 5])
-    left, right = side("lowrank.svd_low_rank", one, 1)
+    assert close(S, [3, 2, 1])
+    # The factors are U_r and U_r^T W, signs aside.
+    assert close(np.abs(left), [[1, 0], [0, 0], [0, 1]])
+    assert close(np.abs(right), [[3, 0, 0], [0, 0, 2]])
+    one = np.outer([3, 4], [4, 5])
+    left, right, S = side("lowrank.svd_low_rank", one, 2)
     assert close(left @ right, one)
+    assert close(S, [5 * 41**0.5, 0])
+    assert left[:, 1].tolist() == [0, 0], "zero beyond the rank"
 
 
 @pytest.mark.spec("awsvd.scale")
 def test_column_scale(side: Side) -> None:
     assert side("lowrank.column_scale", [4.0, 0.0, 9.0], "eq7").tolist() == [4, 0, 9]
     assert side("lowrank.column_scale", [4.0, 0.0, 9.0], "eq6").tolist() == [2, 0, 3]
+
+
+@pytest.mark.spec("asvd.scale")
+def test_magnitude_scale(side: Side) -> None:
+    magnitudes = [8.0, 0.0, 2.0]
+    for alpha, expected in ((0.5, [2, 0, 1]), (1.0, [4, 0, 1]), (0.0, [1, 1, 1]), (2, [16, 0, 1])):
+        assert side("lowrank.magnitude_scale", magnitudes, 2, alpha).tolist() == expected
+    assert side("lowrank.magnitude_scale", [0.0, 0.0], 0, 0.5).tolist() == [0, 0]
+    assert side("lowrank.magnitude_scale", [0.0, 0.0], 0, 0.0).tolist() == [1, 1]
+
+
+@pytest.mark.spec("asvd.product")
+def test_asvd_by_hand(side: Side) -> None:
+    """``W D = diag(2, 9^alpha)``: the power decides between the rows of ``diag(2, 1)``."""
+    W = np.diag([2.0, 1.0])
+    for alpha, kept, S in ((0.0, [2, 0], [2, 1]), (0.5, [0, 1], [3, 2]), (1.0, [0, 1], [9, 2])):
+        scale = side("lowrank.magnitude_scale", [3.0, 27.0], 3, alpha)
+        left, right, found = side("lowrank.awsvd", W, scale, 1)
+        assert close(left @ right, np.diag(kept))
+        assert close(found, S)
+
+
+@pytest.mark.spec("asvd.product")
+def test_asvd_is_its_printed_solution(side: Side) -> None:
+    """``U_r S_r V_r D^-1`` with the mean of the magnitudes, by loops over the tokens."""
+    rng = np.random.default_rng(3)
+    W, tokens = rng.standard_normal((3, 4)), rng.standard_normal((7, 4)) * [1, 2, 4, 8]
+    mean = [sum(abs(token[j]) for token in tokens) / 7 for j in range(4)]
+    D = np.diag(np.array(mean) ** 0.5)
+    U, S, V = np.linalg.svd(W @ D, full_matrices=False)
+    scale = side("lowrank.magnitude_scale", side("statistics.sum_of_magnitudes", tokens), 7, 0.5)
+    left, right, found = side("lowrank.awsvd", W, scale, 2)
+    assert close(left @ right, U[:, :2] * S[:2] @ V[:2] @ np.linalg.inv(D))
+    assert close(found, S)
 
 
 @pytest.mark.spec("awsvd.objective")
@@ -321,6 +414,255 @@ def test_the_least_error_is_the_energy_of_the_tail(side: Side) -> None:
         left, right, S = side("lowrank.awsvd", W, x, rank)
         error = side("lowrank.weighted_error", W, left @ right, x)
         assert error == pytest.approx(float(np.sum(S[rank:] ** 2)), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.spec("joint.stack", "joint.split")
+def test_joint_factors_by_hand(side: Side) -> None:
+    """Three rows along one direction: a single right factor gives all of them back."""
+    q, k = [[3.0, 4.0]], [[6.0, 8.0], [-3.0, -4.0]]
+    stack = side("joint.stacked", (q, k))
+    assert stack.tolist() == [*q, *k]
+    left, right, _ = side("lowrank.svd_low_rank", stack, 1)
+    left_q, left_k = side("joint.split", left, (1, 2))
+    assert (left_q.shape, left_k.shape) == ((1, 1), (2, 1))
+    assert close(left_q @ right, q)
+    assert close(left_k @ right, k)
+    bias_q, bias_k = side("joint.split", [1.0, 2.0, 3.0], (1, 2))
+    assert (bias_q.tolist(), bias_k.tolist()) == ([1], [2, 3])
+
+
+@pytest.mark.spec("joint.split")
+def test_parts_of_a_joint_factor_are_stored_apart() -> None:
+    from lorap.ops.joint import split
+
+    whole = torch.zeros(3, 2)
+    for part in split(whole, (1, 2)):
+        part += 1
+    assert not whole.any()
+
+
+def outputs(X: Any, W: Any) -> np.ndarray[Any, Any]:
+    """Outputs of a linear, token by token and output by output."""
+    return np.array(
+        [[sum(w * x for w, x in zip(row, token, strict=True)) for row in W] for token in X]
+    )
+
+
+def moments(side: Side, X: Any) -> tuple[Any, Any, int]:
+    return side("statistics.second_moment", X), side("statistics.token_sum", X), len(X)
+
+
+@pytest.mark.spec("output.moment")
+def test_output_moment(side: Side) -> None:
+    W = [[1.0, 2.0, 5.0], [0.0, -1.0, 1.0]]
+    # The outputs of the two tokens are (5, -1) and (0, 2).
+    assert outputs(X, W).tolist() == [[5, -1], [0, 2]]
+    C, t, n = moments(side, X)
+    assert side("pca.output_moment", W, C).tolist() == [[25, -5], [-5, 5]]
+    C_c = side("statistics.centred_moment", C, t, n)
+    assert side("pca.output_moment", W, C_c).tolist() == [[12.5, -7.5], [-7.5, 4.5]]
+
+
+@pytest.mark.spec("output.error")
+def test_output_error(side: Side) -> None:
+    W, near = [[1.0, 2.0, 5.0], [0.0, -1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    # Off by (1, -1) for the first token, by (-2, 2) for the second.
+    C, _, _ = moments(side, X)
+    assert side("pca.output_error", W, near, C) == 1 + 1 + 4 + 4
+    assert side("pca.output_error", W, W, C) == 0
+
+
+@pytest.mark.spec("output.error")
+def test_an_output_error_is_never_negative(side: Side) -> None:
+    """The rows are in directions that no token has: rounding makes some errors negative."""
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((50, 1)) @ rng.standard_normal((1, 30))
+    C = side("statistics.second_moment", tokens)
+    rows = rng.standard_normal((40, 29)) @ np.linalg.svd(tokens)[2][1:]
+    assert np.any(np.sum((rows @ C) * rows, axis=1) < 0)
+    errors = [side("pca.output_error", rows[i : i + 1], np.zeros((1, 30)), C) for i in range(40)]
+    assert min(errors) == 0
+    # What is negative takes nothing from the error of another output.
+    assert side("pca.output_error", np.eye(2), np.zeros((2, 2)), np.diag([-1.0, 1.0])) == 1
+
+
+def best_direction_of_outputs(Y: np.ndarray[Any, Any]) -> float:
+    """Least error of outputs, two of them, projected on one direction, over all directions."""
+    return best_direction(Y.T)
+
+
+@pytest.mark.spec("pca.product", "pca.spectrum")
+def test_pca_by_hand(side: Side) -> None:
+    """Outputs along (1, 1), though both features have the same norm and both rows the same size."""
+    left, right, S = side("pca.pca", np.eye(2), [[5.0, 5.0], [5.0, 5.0]], 1)
+    assert close(left @ right, [[0.5, 0.5], [0.5, 0.5]])
+    assert close(S**2, [10, 0])
+    # Outputs of (2, 1) times independent features, of 4 and 25: 16 and 25.
+    left, right, S = side("pca.pca", np.diag([2.0, 1.0]), np.diag([4.0, 25.0]), 1)
+    assert close(left @ right, np.diag([0, 1]))
+    assert close(S, [5, 4])
+
+
+@pytest.mark.spec("pca.product", "pca.spectrum", "output.error")
+def test_pca_minimises_the_error_of_the_outputs(side: Side) -> None:
+    """By trying all directions of the outputs of the tokens."""
+    rng = np.random.default_rng(1)
+    mixed = rng.standard_normal((20, 3)) @ rng.standard_normal((3, 4))
+    W = rng.standard_normal((2, 4))
+    Y, C = outputs(mixed, W), side("statistics.second_moment", mixed)
+    left, right, S = side("pca.pca", W, C, 1)
+    error = side("pca.output_error", W, left @ right, C)
+    assert error == pytest.approx(np.sum((Y - outputs(mixed, left @ right)) ** 2), rel=1e-10)
+    assert error == pytest.approx(best_direction_of_outputs(Y), rel=1e-8)
+    assert error == pytest.approx(S[1] ** 2, rel=1e-10)
+    norms = side.norms(mixed.tolist())
+    for factors in (side("lowrank.awsvd", W, norms, 1), side("lowrank.svd_low_rank", W, 1)):
+        assert side("pca.output_error", W, factors[0] @ factors[1], C) > 1.01 * error
+
+
+@pytest.mark.spec("pca.whitened")
+def test_whitening_by_hand() -> None:
+    """``C = G G^T`` with ``G = [[2, 0], [1, 2]]``; the truncated SVD of W G, times the inverse."""
+    from lorap_reference.pca import whitened
+
+    W, C = np.array([[1.0, 2.0], [0.0, 1.0]]), np.array([[4.0, 2.0], [2.0, 5.0]])
+    G = np.array([[2.0, 0.0], [1.0, 2.0]])
+    U, S, V = np.linalg.svd(W @ G)
+    left, right = whitened(W, C, 1)
+    assert close(left @ right, S[0] * np.outer(U[:, 0], V[0]) @ np.linalg.inv(G))
+    for package in (Side("lorap_reference", np.asarray), Side("lorap.ops", torch.tensor)):
+        L, R, found = package("pca.pca", W, C, 1)
+        assert close(L @ R, left @ right)
+        assert close(found, S)
+    with pytest.raises(np.linalg.LinAlgError):
+        whitened(W, np.diag([1.0, 0.0]), 1)
+
+
+@pytest.mark.spec("pca.deficient")
+def test_directions_that_the_outputs_lack_go_to_what_is_left_of_the_weight(side: Side) -> None:
+    W = np.diag([1.0, 2.0, 5.0])
+    for C in (np.diag([9.0, 0.0, 0.0]), [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]):
+        for rank, expected in ((1, [1, 0, 0]), (2, [1, 0, 5]), (3, [1, 2, 5])):
+            left, right, _ = side("pca.pca", W, C, rank)
+            assert close(left @ right, np.diag(expected))
+            assert close(left.T @ left, np.eye(rank))
+    # No token: the plain SVD. No weight: zero columns.
+    left, right, S = side("pca.pca", W, np.zeros((3, 3)), 2)
+    assert close(left @ right, np.diag([0, 2, 5]))
+    assert S.tolist() == [0, 0, 0]
+    left, right, _ = side("pca.pca", np.outer([3.0, 4.0], [1.0, 2.0]), np.eye(2), 2)
+    assert close(np.abs(left), [[0.6, 0], [0.8, 0]])
+    assert left[:, 1].tolist() == [0, 0]
+
+
+@pytest.mark.spec("pca.deficient")
+def test_rounding_of_what_cancels_is_no_direction(side: Side) -> None:
+    """The weight answers to none of the tokens: all eigenvalues are rounding, the first one too."""
+    token, W = [1e6, 1e6 / 3], np.array([[1.0, -3.0], [2.0, -6.0 + 1e-9]])
+    C = side("statistics.second_moment", [token] * 3)
+    floor = side("pca.rounding_floor", W, C, 2)
+    assert floor == pytest.approx(2 * 2**-52 * 3e12 * ((1 + 4) + (9 + 36) / 9), rel=1e-9)
+    assert np.max(np.abs(np.linalg.eigvalsh(W @ C @ W.T))) < floor
+    left, right, _ = side("pca.pca", W, C, 1)
+    U, S, V = np.linalg.svd(W)
+    assert close(left @ right, S[0] * np.outer(U[:, 0], V[0]))
+
+
+@pytest.mark.spec("pca.deficient", "pca.spectrum")
+def test_a_direction_too_small_for_its_square_comes_from_the_weight(side: Side) -> None:
+    W = np.diag([1.0, 1e-10])
+    left, right, S = side("pca.pca", W, np.eye(2), 2)
+    np.testing.assert_allclose(left @ right, W, rtol=1e-12, atol=0)
+    assert S[0] == pytest.approx(1)
+    assert S[1] < 1e-7
+
+
+@pytest.mark.spec("pca.product", "afm.product")
+def test_pca_and_afm_of_rank_zero_and_of_empty_matrices(side: Side) -> None:
+    for W, rank in (([[1.0, 2.0]], 0), (np.zeros((0, 2)), 0), (np.zeros((3, 2)), 2)):
+        d_out = len(W)
+        left, right, S = side("pca.pca", W, np.eye(2), rank)
+        assert (left.shape, right.shape) == ((d_out, rank), (rank, 2))
+        assert S.shape == (min(d_out, 2),)
+        left, right, S, bias = side("pca.afm", W, np.eye(2), [1.0, 1.0], 2, rank)
+        assert (left.shape, right.shape) == ((d_out, rank), (rank, 2))
+        assert (S.shape, bias.shape) == ((min(d_out, 2),), (d_out,))
+        # Of nothing but the bias, the mean output.
+        assert close(bias, np.asarray(W) @ [0.5, 0.5])
+
+
+@pytest.mark.spec("afm.product", "afm.bias")
+def test_afm_by_hand(side: Side) -> None:
+    """The mean is large and does not vary: it is for the bias, the direction for what varies."""
+    tokens = [[10.0, 1.0], [10.0, -1.0]]
+    left, right, S, bias = side("pca.afm", np.eye(2), *moments(side, tokens), 1)
+    assert close(left @ right, np.diag([0, 1]))
+    assert close(bias, [10, 0])
+    assert close(S**2, [2, 0])
+    # Without the bias it would be far behind PCA, whose direction is that of the mean.
+    C, _, _ = moments(side, tokens)
+    L, R, _ = side("pca.pca", np.eye(2), C, 1)
+    assert side("pca.output_error", np.eye(2), L @ R, C) == pytest.approx(2)
+    assert side("pca.output_error", np.eye(2), left @ right, C) == pytest.approx(200)
+
+
+def best_affine_line(Y: np.ndarray[Any, Any]) -> float:
+    """Least error of outputs, two of them, put on a line, over all directions and offsets."""
+    angles = np.linspace(0, np.pi, 2001)
+    normals = np.stack([-np.sin(angles), np.cos(angles)])
+    distances = Y @ normals
+    offsets = np.linspace(distances.min(), distances.max(), 2001)
+    return min(float(np.min(np.sum((distances - o) ** 2, axis=0))) for o in offsets)
+
+
+@pytest.mark.spec("afm.product", "afm.bias")
+def test_afm_minimises_the_error_over_affine_maps(side: Side) -> None:
+    """By trying all lines in the plane of two outputs: where they point and where they pass."""
+    rng = np.random.default_rng(4)
+    tokens = rng.standard_normal((15, 3)) * [1.0, 2.0, 0.5] + [3.0, -1.0, 2.0]
+    W = rng.standard_normal((2, 3))
+    C, t, n = moments(side, tokens)
+    left, right, S, bias = side("pca.afm", W, C, t, n, 1)
+    Y = outputs(tokens, W)
+    error = float(np.sum((Y - outputs(tokens, left @ right) - bias) ** 2))
+    assert error == pytest.approx(best_affine_line(Y), rel=1e-4)
+    assert error == pytest.approx(S[1] ** 2, rel=1e-10)
+    C_c = side("statistics.centred_moment", C, t, n)
+    assert error == pytest.approx(side("pca.output_error", W, left @ right, C_c), rel=1e-10)
+    L, R, _ = side("pca.pca", W, C, 1)
+    assert np.sum((Y - outputs(tokens, L @ R)) ** 2) > 1.01 * error
+
+
+@pytest.mark.spec("afm.bias")
+def test_a_bias_of_the_linears_own_stays(side: Side) -> None:
+    """Yu and Wu's two factors with a bias each, from the outputs with the bias in them."""
+    rng = np.random.default_rng(5)
+    tokens, W, b = rng.standard_normal((30, 4)) + 2, rng.standard_normal((3, 4)), [1.0, -5.0, 2.0]
+    Y = outputs(tokens, W) + b
+    mean = np.mean(Y, axis=0)
+    U = np.linalg.eigh(np.cov(Y.T))[1][:, ::-1][:, :2]
+    theirs = (tokens @ (U.T @ W).T + U.T @ b) @ U.T + mean - U @ (U.T @ mean)
+    left, right, _, bias = side("pca.afm", W, *moments(side, tokens), 2)
+    assert close(outputs(tokens, left @ right) + bias + b, theirs)
+
+
+@pytest.mark.spec("afm.deficient")
+@pytest.mark.parametrize("count", [0, 1, 50, 1001])
+def test_where_nothing_varies_afm_is_the_plain_svd_with_the_outputs_in_the_bias(
+    side: Side, count: int
+) -> None:
+    token, W = (
+        np.array([0.1, 0.7, 1 / 3]),
+        np.array([[1.0, 0.2, 0.0], [0.0, 2.0, 0.3], [0.5, 0, 5]]),
+    )
+    C, t, n = moments(side, np.tile(token, (count, 1)))
+    left, right, _, bias = side("pca.afm", W, C, t, n, 1)
+    U, S, V = np.linalg.svd(W)
+    assert close(left @ right, S[0] * np.outer(U[:, 0], V[0]))
+    if count:
+        np.testing.assert_allclose(left @ right @ token + bias, W @ token, rtol=1e-12)
+    else:
+        assert bias.tolist() == [0, 0, 0]
 
 
 @pytest.mark.spec("prune.keep")

@@ -329,8 +329,9 @@ def test_frobenius_norm_is_minimised() -> None:
 def test_singular_values_and_not_eigenvalues_are_kept() -> None:
     W = np.diag([-3.0, 1.0])
     assert np.max(np.linalg.eigvals(W)) == 1
-    L, R = ref.lowrank.svd_low_rank(W, 1)
-    left, right = lowrank.svd_low_rank(torch.tensor(W), 1)
+    L, R, S = ref.lowrank.svd_low_rank(W, 1)
+    left, right, _ = lowrank.svd_low_rank(torch.tensor(W), 1)
+    np.testing.assert_allclose(S, [3.0, 1.0], atol=1e-12)
     for product in (L @ R, (left @ right).numpy()):
         np.testing.assert_allclose(product, np.diag([-3.0, 0.0]), atol=1e-12)
 

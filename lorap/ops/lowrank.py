@@ -1,4 +1,4 @@
-"""Low-rank factors: Eq. (3), (4), (6), (7); Sections 2.4 and 3.2."""
+"""Low-rank factors: Eq. (3), (4), (6), (7); Sections 2.4 and 3.2. The scale of ASVD."""
 
 from typing import Literal
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lorap.ops.precision import compute_dtype
+from lorap.ops.statistics import token_mean
 
 Weighting = Literal["eq7", "eq6"]
 
@@ -30,8 +31,10 @@ def low_rank_apply(left: Tensor, right: Tensor, inputs: Tensor) -> Tensor:
     return torch.nn.functional.linear(torch.nn.functional.linear(inputs, right), left)
 
 
-def svd_low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def svd_low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. (4): the best rank-`rank` product in the unweighted Frobenius norm.
+
+    It is ``awsvd`` with D the identity.
 
     Parameters
     ----------
@@ -43,16 +46,17 @@ def svd_low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Returns
     -------
     left : (d_out, rank)
+        Orthonormal columns, zero ones beyond the rank of the weight; in ``compute_dtype(weight)``.
     right : (rank, d_in)
-        In ``compute_dtype(weight)``.
+        Likewise.
+    singular_values : (min(d_out, d_in),) float64
+        Of the weight, descending.
 
     Notes
     -----
     SPEC: ``lowrank.svd``, ``precision.decomposition``.
     """
-    dtype = compute_dtype(weight)
-    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
-    return (u[:, :rank] * s[:rank]).to(dtype), v[:rank].to(dtype)
+    return awsvd(weight, torch.ones(weight.shape[1], device=weight.device), rank)
 
 
 def column_scale(norms: Tensor, weighting: Weighting = "eq7") -> Tensor:
@@ -74,6 +78,29 @@ def column_scale(norms: Tensor, weighting: Weighting = "eq7") -> Tensor:
     SPEC: ``awsvd.scale``.
     """
     return norms.clone() if weighting == "eq7" else norms.sqrt()
+
+
+def magnitude_scale(magnitudes: Tensor, tokens: int, alpha: float) -> Tensor:
+    """The diagonal of ASVD's D: the mean magnitude of each input feature, to the power `alpha`.
+
+    Parameters
+    ----------
+    magnitudes : (d_in,)
+        ``sum_of_magnitudes`` of the linear's input.
+    tokens : int
+        Tokens summed over. Without tokens every feature is dead.
+    alpha : float
+        Not negative. 0 gives ones, dead features included: the plain SVD.
+
+    Returns
+    -------
+    (d_in,)
+
+    Notes
+    -----
+    SPEC: ``asvd.scale``. ``awsvd`` with this D is ASVD.
+    """
+    return token_mean(magnitudes, tokens) ** alpha
 
 
 def weighted_error(weight: Tensor, approximation: Tensor, scale: Tensor) -> float:
@@ -127,25 +154,51 @@ def awsvd(weight: Tensor, scale: Tensor, rank: int) -> tuple[Tensor, Tensor, Ten
 
     Notes
     -----
-    SPEC: ``awsvd.product``, ``awsvd.dead``, ``awsvd.deficient``, ``precision.decomposition``: done
-    in float64. Outlier features spread the singular values of ``weight D`` so far that float32
-    could not tell the small ones from zero.
+    SPEC: ``awsvd.product``, ``awsvd.dead``, ``awsvd.deficient``, ``asvd.product``,
+    ``precision.decomposition``: done in float64. Outlier features spread the singular values of
+    ``weight D`` so far that float32 could not tell the small ones from zero.
     """
     dtype = compute_dtype(weight)
     weight = weight.double()
     u, s, _ = torch.linalg.svd(weight * scale.double(), full_matrices=False)
-    left = u[:, :rank].clone()
     found = min(rank, numerical_rank(s, (weight.shape[0], weight.shape[1])))
+    left = completed(u[:, :found], weight, rank)
+    return left.to(dtype), (left.T @ weight).to(dtype), s
+
+
+def completed(basis: Tensor, weight: Tensor, rank: int) -> Tensor:
+    """Directions to spare: `basis`, then those of what is left of `weight`, then zero columns.
+
+    Parameters
+    ----------
+    basis : (d_out, found) float64
+        Orthonormal columns, at most `rank`: the directions that were found.
+    weight : (d_out, d_in) float64
+    rank : int
+
+    Returns
+    -------
+    (d_out, rank) float64
+        `basis`; the leading left singular vectors of ``weight - basis basis^T weight``, as far as
+        their singular values exceed ``max(d_out, d_in) * eps * norm(weight)``; zeros.
+
+    Notes
+    -----
+    SPEC: ``awsvd.deficient``, ``pca.deficient``.
+    """
+    found = basis.shape[1]
+    # Column by column, as decompositions give their vectors.
+    left = basis.new_zeros(rank, basis.shape[0]).T
+    left[:, :found] = basis
     if found < rank:
-        left[:, found:] = 0
-        # The remainder in a basis of the complement of u: its singular vectors stay orthogonal to u
-        # however small it is.
-        basis = torch.linalg.qr(u[:, :found], mode="complete").Q[:, found:]
-        u_rest, s_rest, _ = torch.linalg.svd(basis.T @ weight, full_matrices=False)
+        # The remainder in a basis of the complement: its singular vectors stay orthogonal to the
+        # given ones however small it is.
+        complement = torch.linalg.qr(basis, mode="complete").Q[:, found:]
+        u_rest, s_rest, _ = torch.linalg.svd(complement.T @ weight, full_matrices=False)
         floor = max(weight.shape) * torch.finfo(weight.dtype).eps * torch.linalg.norm(weight)
         extra = min(rank - found, int((s_rest > floor).sum()))
-        left[:, found : found + extra] = basis @ u_rest[:, :extra]
-    return left.to(dtype), (left.T @ weight).to(dtype), s
+        left[:, found : found + extra] = complement @ u_rest[:, :extra]
+    return left
 
 
 def numerical_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:

@@ -1,4 +1,9 @@
-"""Statistics of a linear's input: Eq. (5), Section 3.2."""
+"""Statistics of a linear's input: Eq. (5), Section 3.2; those of the methods compared with.
+
+The sums are additive over batches, and taken in float64.
+"""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -27,14 +32,9 @@ def sum_of_squares(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     -----
     SPEC: ``stats.sum-of-squares``, ``stats.padding``, ``precision.statistics``.
     """
-    features = inputs.shape[-1]
-    tokens = inputs.reshape(inputs.shape[:-1].numel(), features)
-    if mask is not None:
-        tokens = tokens[mask.reshape(-1).bool()]
-    total = torch.zeros(features, dtype=torch.float64, device=inputs.device)
-    step = max(1, _CHUNK_ELEMENTS // max(1, features))
-    for start in range(0, tokens.shape[0], step):
-        total += tokens[start : start + step].to(torch.float64).square().sum(dim=0)
+    total = torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
+    for chunk in _chunks(inputs, mask):
+        total += chunk.square().sum(dim=0)
     return total
 
 
@@ -55,3 +55,133 @@ def feature_norms(squares: Tensor) -> Tensor:
     SPEC: ``stats.norm``.
     """
     return squares.sqrt()
+
+
+def sum_of_magnitudes(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum over tokens of the magnitudes of the input features.
+
+    Parameters
+    ----------
+    inputs : (..., d_in)
+    mask : (...), optional
+        As in ``sum_of_squares``.
+
+    Returns
+    -------
+    (d_in,) float64
+        Additive over batches.
+
+    Notes
+    -----
+    SPEC: ``stats.magnitudes``, ``stats.padding``, ``precision.statistics``.
+    """
+    total = torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
+    for chunk in _chunks(inputs, mask):
+        total += chunk.abs().sum(dim=0)
+    return total
+
+
+def token_sum(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum of the tokens.
+
+    Parameters
+    ----------
+    inputs : (..., d_in)
+    mask : (...), optional
+        As in ``sum_of_squares``.
+
+    Returns
+    -------
+    (d_in,) float64
+        Additive over batches.
+
+    Notes
+    -----
+    SPEC: ``stats.sum``, ``stats.padding``, ``precision.statistics``.
+    """
+    total = torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
+    for chunk in _chunks(inputs, mask):
+        total += chunk.sum(dim=0)
+    return total
+
+
+def second_moment(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Uncentred second moment of the input features: ``X.T @ X``, not divided by the tokens.
+
+    Parameters
+    ----------
+    inputs : (..., d_in)
+    mask : (...), optional
+        As in ``sum_of_squares``.
+
+    Returns
+    -------
+    (d_in, d_in) float64
+        Additive over batches.
+
+    Notes
+    -----
+    SPEC: ``stats.second-moment``, ``stats.padding``, ``precision.statistics``.
+    """
+    features = inputs.shape[-1]
+    total = torch.zeros(features, features, dtype=torch.float64, device=inputs.device)
+    for chunk in _chunks(inputs, mask):
+        total.addmm_(chunk.T, chunk)
+    return total
+
+
+def token_mean(total: Tensor, tokens: int) -> Tensor:
+    """Mean over tokens, from the sum; 0 where there are none.
+
+    Parameters
+    ----------
+    total : (d_in,)
+        ``token_sum`` or ``sum_of_magnitudes``, added up over the batches.
+    tokens : int
+        Tokens summed over.
+
+    Returns
+    -------
+    (d_in,)
+
+    Notes
+    -----
+    SPEC: ``stats.mean``.
+    """
+    return total / max(tokens, 1)
+
+
+def centred_moment(moment: Tensor, total: Tensor, tokens: int) -> Tensor:
+    """Second moment about the mean: ``moment - tokens * mean mean^T``, not divided by the tokens.
+
+    Parameters
+    ----------
+    moment : (d_in, d_in)
+        ``second_moment``, added up over the batches.
+    total : (d_in,)
+        ``token_sum``, likewise.
+    tokens : int
+        Tokens summed over.
+
+    Returns
+    -------
+    (d_in, d_in)
+        The covariance times `tokens`. What is much smaller than `moment` is lost in the difference.
+
+    Notes
+    -----
+    SPEC: ``stats.centred-moment``.
+    """
+    mean = token_mean(total, tokens)
+    return moment - tokens * torch.outer(mean, mean)
+
+
+def _chunks(inputs: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    """Yield the tokens that count, ``(some, d_in)`` at a time, widened to float64."""
+    features = inputs.shape[-1]
+    tokens = inputs.reshape(inputs.shape[:-1].numel(), features)
+    if mask is not None:
+        tokens = tokens[mask.reshape(-1).bool()]
+    step = max(1, _CHUNK_ELEMENTS // max(1, features))
+    for start in range(0, tokens.shape[0], step):
+        yield tokens[start : start + step].to(torch.float64)
