@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorap_reference import importance, lowrank, statistics
+from lorap_reference import importance, lowrank, pca, statistics
 from parity_tests import compare, tolerances
 from parity_tests import strategies as own
 from parity_tests.tolerances import EPS32, EPS64
@@ -127,6 +127,78 @@ def test_the_bound_on_products_refuses_the_unweighted_solution(
         compare.spectral("q", plain[0] @ plain[1], L @ R, bound)
 
 
+@st.composite
+def correlated(draw: st.DrawFn, smallest: int = 2) -> own.OutputProblem:
+    """Draw a problem whose inputs are correlated and have a mean, with a gap at the cut."""
+    shape = (draw(own.sides(smallest)), draw(own.sides(smallest)))
+    rng = np.random.default_rng(draw(own.seeds))
+    X = rng.standard_normal((60, shape[1])) @ rng.standard_normal((shape[1], shape[1]))
+    X += 3 * rng.standard_normal(shape[1])
+    W = own.from_spectrum(shape, "linear", 1.0, draw(own.seeds))
+    return own.OutputProblem(W, X, draw(st.integers(1, min(shape) - 1)))
+
+
+def refused(L: own.Array, R: own.Array, product: own.Array, bound: float) -> None:
+    with pytest.raises(AssertionError, match="where the bound is"):
+        compare.spectral("q", L @ R, product, bound)
+
+
+@given(problem=correlated())
+def test_the_bound_on_pca_refuses_other_solutions(problem: own.OutputProblem) -> None:
+    """By the diagonal of the moment, by the moment about the mean, with a factor in float32."""
+    W, C, t, n, r = problem.W, problem.C, problem.t, problem.n, problem.rank
+    floor = pca.rounding_floor(W, C, max(W.shape))
+    bound = tolerances.pca_product(W, C, r, floor)
+    if bound is None:
+        return
+    L, R, _ = pca.pca(W, C, r)
+    refused(*lowrank.awsvd(W, np.sqrt(np.diag(C)), r)[:2], L @ R, bound)
+    refused(*pca.afm(W, C, t, n, r)[:2], L @ R, bound)
+    refused(L.astype(np.float32), R, L @ R, bound)
+
+
+@given(problem=correlated())
+def test_the_bound_on_the_least_error_refuses_other_solutions(problem: own.OutputProblem) -> None:
+    W, C, r = problem.W, problem.C, problem.rank
+    _, _, S = pca.pca(W, C, r)
+    L, R, _ = lowrank.awsvd(W, np.sqrt(np.diag(C)), r)
+    error = pca.output_error(W, L @ R, C)
+    floor = pca.rounding_floor(W, C, max(W.shape))
+    bound = tolerances.least_error(W, C, L, R, floor, error)
+    with pytest.raises(AssertionError, match="where the bound is"):
+        compare.close("q", error, np.sum(S[r:] ** 2), bound)
+
+
+@given(problem=correlated())
+def test_the_bound_on_the_bias_refuses_others(problem: own.OutputProblem) -> None:
+    """None, the opposite, all of the mean output, and one that is only nearly right."""
+    W, C, t, n, r = problem.W, problem.C, problem.t, problem.n, problem.rank
+    mu, C_c = statistics.token_mean(t, n), statistics.centred_moment(C, t, n)
+    delta = tolerances.through(W, tolerances.centred_moment(C, mu, n))
+    product = tolerances.pca_product(W, C_c, r, pca.rounding_floor(W, C, n), delta)
+    if product is None:
+        return
+    L, _, _, bias = pca.afm(W, C, t, n, r)
+    bound = tolerances.afm_bias(W, L, mu, product)
+    for other in (np.zeros_like(bias), -bias, W @ mu, bias * (1 + 1e-6)):
+        with pytest.raises(AssertionError, match="where the bound is"):
+            compare.close("q", other, bias, bound)
+
+
+@given(problem=correlated())
+def test_the_bound_on_moments_refuses_a_token_too_many(problem: own.OutputProblem) -> None:
+    X, n = problem.X, problem.n
+    C, t = problem.C, problem.t
+    C_c = statistics.centred_moment(C, t, n)
+    for bound in (
+        tolerances.centred_moment(C, statistics.token_mean(t, n), n),
+        tolerances.centred_moment_of(X),
+    ):
+        for other in (C, statistics.centred_moment(C, t, n + 1), C_c / n):
+            with pytest.raises(AssertionError, match="where the bound is"):
+                compare.close("q", other, C_c, bound)
+
+
 @given(X=own.tokens().filter(lambda X: X.any()))
 def test_the_bound_on_norms_refuses_a_token_counted_twice(X: own.Array) -> None:
     twice = np.concatenate([X, X[np.any(X != 0, axis=1)][:1]])
@@ -214,5 +286,7 @@ def test_a_product_that_is_not_determined_has_no_bound(eps: float) -> None:
     n = 6
     assert tolerances.awsvd_product(np.eye(n), np.ones(n), 3, eps) is None
     assert tolerances.svd_product(np.ones(n), 3, (n, n), eps) is None
+    assert tolerances.pca_product(np.eye(n), np.eye(n), 3, 0.0) is None
+    assert tolerances.pca_product(np.eye(n), np.eye(n), n, 0.0) is not None
     assert tolerances.awsvd_product(np.eye(n), np.ones(n), n, eps) is not None
     assert tolerances.awsvd_product(np.eye(n), np.ones(n), 0, eps) == 0

@@ -6,10 +6,11 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from lorap.ops import importance, lowrank
+from lorap.ops import importance, lowrank, pca
 from lorap.ops.precision import compute_dtype
 from lorap_reference import importance as reference_importance
 from lorap_reference import lowrank as reference_lowrank
+from lorap_reference import pca as reference_pca
 from parity_tests import compare, tolerances
 from parity_tests import strategies as own
 from parity_tests.tolerances import EPS32, EPS64
@@ -60,6 +61,40 @@ def test_awsvd(problem: own.Problem, dtype: torch.dtype, layout: own.Layout) -> 
     floor = np.sqrt(r) * bound + tolerances.stored_factors(L, R, eps)
     compare.within(
         name("AWSVD product, stored", dtype), error(left, right), tolerances.half(naive, floor)
+    )
+
+
+@pytest.mark.spec("precision.compute", "precision.decomposition", "pca.product", "afm.bias")
+@given(problem=half_problems(), dtype=halves, layout=own.layouts, seed=own.seeds)
+def test_pca_and_afm(
+    problem: own.Problem, dtype: torch.dtype, layout: own.Layout, seed: int
+) -> None:
+    W, r, eps = own.pair(problem.W, layout, dtype), problem.rank, torch.finfo(dtype).eps
+    X = own.input_tokens(W.array.shape[1], "many", 1.0, seed) + 1
+    C, t, n = X.T @ X, np.sum(X, axis=0), X.shape[0]
+    left, right, _ = pca.pca(W.tensor, torch.from_numpy(C), r)
+    assert left.dtype == right.dtype == torch.float32
+    *afm_factors, _, bias = pca.afm(W.tensor, torch.from_numpy(C), torch.from_numpy(t), n, r)
+    assert all(part.dtype == torch.float32 for part in (*afm_factors, bias))
+    assert W.unchanged()
+    floor = reference_pca.rounding_floor(W.array, C, max(W.array.shape))
+    bound = tolerances.pca_product(W.array, C, r, floor)
+    event("compared" if bound is not None else "no gap")
+    if bound is None:
+        return
+    L, R, _ = reference_pca.pca(W.array, C, r)
+
+    def error(a: torch.Tensor, b: torch.Tensor) -> float:
+        stored = compare.as_array(a.to(dtype)) @ compare.as_array(b.to(dtype))
+        return float(np.linalg.norm(stored - L @ R))
+
+    # In the storage dtype all along, but for the decomposition, which there is none for.
+    half = torch.from_numpy(C).to(dtype)
+    vectors = torch.linalg.eigh((W.tensor @ half @ W.tensor.T).float())[1].flip(1)[:, :r].to(dtype)
+    naive = error(vectors, vectors.T @ W.tensor)
+    least = np.sqrt(r) * bound + tolerances.stored_factors(L, R, eps)
+    compare.within(
+        name("PCA product, stored", dtype), error(left, right), tolerances.half(naive, least)
     )
 
 
@@ -146,6 +181,6 @@ def test_what_is_computed_in(dtypes: tuple[torch.dtype, ...], expected: torch.dt
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_factors_come_in_the_dtype_computed_in(dtype: torch.dtype) -> None:
     W, x = torch.eye(3, dtype=dtype), torch.ones(3, dtype=torch.float64)
-    assert lowrank.svd_low_rank(W, 2)[0].dtype == torch.float32
+    assert all(factor.dtype == torch.float32 for factor in lowrank.svd_low_rank(W, 2)[:2])
     assert importance.weight_importance(W, x).dtype == torch.float32
     assert all(factor.dtype == torch.float32 for factor in lowrank.awsvd(W, x, 2)[:2])

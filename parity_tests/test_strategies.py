@@ -20,6 +20,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "matrices": own.matrices(),
     "problems": own.problems(),
     "tokens": own.tokens(),
+    "outputs": own.output_problems(),
     "bands": st.tuples(own.scores(), own.ratios),
     "budgets": st.tuples(own.attention_shapes(), own.ratios, own.allocations),
     "llamas": own.small_llamas(),
@@ -118,6 +119,49 @@ TOKEN_EDGES: dict[str, Callable[[own.Array], bool]] = {
 @pytest.mark.parametrize("name", TOKEN_EDGES)
 def test_tokens_reach(name: str) -> None:
     assert occurs("tokens", TOKEN_EDGES[name])
+
+
+def rank_of_outputs(p: own.OutputProblem) -> int:
+    return int(np.linalg.matrix_rank(p.X @ p.W.T)) if p.W.size and p.n else 0
+
+
+def invertible(p: own.OutputProblem) -> bool:
+    S = np.linalg.svd(p.C, compute_uv=False)
+    return S.size > 2 and bool(S[-1] > 1e-10 * S[0])
+
+
+def mean_dominates(p: own.OutputProblem) -> bool:
+    spread = np.std(p.X, axis=0) if p.n > 10 else np.zeros(0)
+    return spread.size > 0 and bool(np.all(spread > 0) and np.all(np.abs(p.t / p.n) > 10 * spread))
+
+
+OUTPUT_EDGES: dict[str, Callable[[own.OutputProblem], bool]] = {
+    "no token": lambda p: p.n == 0 and p.W.size > 0,
+    "one token": lambda p: p.n == 1 and p.W.size > 1,
+    "fewer tokens than features": lambda p: 1 < p.n < p.X.shape[1] and p.W.size > 0,
+    "a moment that can be inverted": invertible,
+    "dead feature": lambda p: p.n > 10 and bool(np.any(np.diag(p.C) == 0) and p.C.any()),
+    "all tokens equal": lambda p: p.n > 10 and p.X.any() and not np.any(np.ptp(p.X, axis=0)),
+    "a mean far above the spread": mean_dominates,
+    "rank of the outputs below the rank": lambda p: 0 < rank_of_outputs(p) < p.rank,
+    "outputs all zero at a rank above 0": lambda p: p.rank > 0 and rank_of_outputs(p) == 0,
+    "more outputs than inputs": lambda p: p.W.shape[0] > p.W.shape[1] > 1,
+    "full rank": lambda p: p.rank == min(p.W.shape) > 1,
+    "tiny": lambda p: p.X.any() and float(np.max(np.abs(p.X))) < 1e-4,
+    "huge": lambda p: p.X.size > 0 and float(np.max(np.abs(p.X))) > 1e5,
+}
+
+
+@pytest.mark.parametrize("name", OUTPUT_EDGES)
+def test_output_problems_reach(name: str) -> None:
+    assert occurs("outputs", OUTPUT_EDGES[name])
+
+
+def test_moments_are_those_of_the_tokens() -> None:
+    problem = own.OutputProblem(np.eye(2), np.array([[1.0, 2.0], [3.0, -4.0]]), 1)
+    assert problem.C.tolist() == [[10, -10], [-10, 20]]
+    assert problem.t.tolist() == [4, -2]
+    assert problem.n == 2
 
 
 def tie_at_the_cut(example: tuple[own.Array, float]) -> bool:
