@@ -181,6 +181,24 @@ class Verdict:
     output: Known | None
 
 
+def forward(
+    weights: Mapping[str, Array],
+    shape: llama.LlamaShape,
+    ids: NDArray[np.int64],
+    precision: Precision,
+) -> tuple[Array, Array]:
+    """Return the reference's logits, and the spread of the distance of another side's."""
+    h = llama.embed(weights, ids)
+    known = Known(h, np.zeros_like(h))
+    for index in range(shape.layers):
+        layer = llama.layer_weights(weights, index)
+        spreads = rounding.layer_spreads(rounding.Layer(layer, shape, precision=precision), known)
+        known = Known(llama.layer_forward(layer, shape, known.value).output, spreads.output)
+    return llama.logits(weights, shape, ids), rounding.logit_spreads(
+        weights, shape, known, precision
+    )
+
+
 def product(tensors: Mapping[str, Any], name: str) -> Array:
     """Return ``L R`` of a factored linear."""
     left = compare.as_array(tensors[f"{name}.left.weight"])

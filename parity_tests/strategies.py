@@ -335,6 +335,48 @@ def channels(draw: st.DrawFn, smallest: int = 1) -> Channels:
     return Channels(up, gate, down, draw(norm_vectors(d)), draw(norm_vectors(d_m)))
 
 
+@dataclass(frozen=True)
+class Heads:
+    """The matrices of an MHA.
+
+    Attributes
+    ----------
+    q : (kv_heads * share * head_dim, d)
+    k, v : (kv_heads * head_dim, d)
+    o : (d, kv_heads * share * head_dim)
+    kv_heads : int
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    o: Array
+    kv_heads: int
+
+    @property
+    def matrices(self) -> tuple[Array, Array, Array, Array]:
+        """q, k, v and o."""
+        return self.q, self.k, self.v, self.o
+
+
+@st.composite
+def heads(draw: st.DrawFn) -> Heads:
+    """Draw an MHA: integer-valued, from spectra, or with all weights equal, so that groups tie."""
+    kv_heads, share = draw(st.integers(1, 4), label="kv_heads"), draw(st.integers(1, 3))
+    head_dim, d = draw(st.sampled_from((1, 2, 4)), label="head_dim"), draw(sides(1, 6), label="d")
+    queries, keys = kv_heads * share * head_dim, kv_heads * head_dim
+    kind = draw(st.sampled_from(("integer", "spectrum", "equal")))
+
+    def matrix(shape: Shape) -> Array:
+        if kind == "equal":
+            return np.full(shape, 2.0)
+        return draw(integer_matrices(shape) if kind == "integer" else spectral_matrices(shape))
+
+    return Heads(
+        *(matrix(shape) for shape in ((queries, d), (keys, d), (keys, d), (d, queries))), kv_heads
+    )
+
+
 ratios = st.one_of(
     st.sampled_from((0.0, 0.1, 0.2, 1 / 3, 0.34, 0.5, 2 / 3, 0.8, 0.99, 1.0)),
     st.integers(0, 10_000).map(lambda n: n / 10_000),
@@ -440,7 +482,13 @@ class SmallLlama:
 
     def model(self, dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
         """Return the same model for transformers."""
-        state = {name: torch.from_numpy(value) for name, value in self.weights().items()}
+        return self.model_of(self.weights(), dtype)
+
+    def model_of(
+        self, weights: Mapping[str, Array], dtype: torch.dtype = torch.float64
+    ) -> LlamaForCausalLM:
+        """Return other weights of the same shapes as a model for transformers."""
+        state = {name: torch.from_numpy(value) for name, value in weights.items()}
         if self.tied:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model = LlamaForCausalLM(self.config()).to(dtype)

@@ -94,28 +94,13 @@ def test_whole_model(case: Case) -> None:
         logits = compare.as_array(compressed(input_ids=torch.from_numpy(ids)).logits)
     # Whatever is determined: our weights, run by the reference, give our logits.
     mine = llamas.reference_weights(compressed)
-    expected, spread = forward(mine, shape, ids, Precision())
+    expected, spread = llamas.forward(mine, shape, ids, Precision())
     llamas.close("model: logits of our weights", logits, expected, spread)
     determined = len(compared) == shape.layers
     event("determined" if determined else "not determined")
     if determined:
         spread = rounding.logit_spreads(weights, shape, compared[-1])
         llamas.close("model: logits", logits, llama.logits(new, shape, ids), spread)
-
-
-def forward(
-    weights: dict[str, own.Array], shape: llama.LlamaShape, ids: own.Ids, precision: Precision
-) -> tuple[own.Array, own.Array]:
-    """Return the reference's logits, and the spread of the distance of another side's."""
-    h = llama.embed(weights, ids)
-    known = Known(h, np.zeros_like(h))
-    for index in range(shape.layers):
-        layer = llama.layer_weights(weights, index)
-        spreads = rounding.layer_spreads(rounding.Layer(layer, shape, precision=precision), known)
-        known = Known(llama.layer_forward(layer, shape, known.value).output, spreads.output)
-    return llama.logits(weights, shape, ids), rounding.logit_spreads(
-        weights, shape, known, precision
-    )
 
 
 @pytest.mark.spec("algorithm.sequence", "algorithm.mha", "algorithm.ffn")
@@ -166,7 +151,7 @@ def test_the_reference_is_the_model_that_transformers_runs(
     weights = llamas.reference_weights(model)
     with torch.no_grad():
         logits = model(input_ids=torch.from_numpy(ids)).logits
-    expected, spread = forward(weights, llama_.shape, ids, precision)
+    expected, spread = llamas.forward(weights, llama_.shape, ids, precision)
     llamas.close("logits of the dense model (float32)", logits, expected, spread)
 
 
@@ -225,7 +210,7 @@ def test_the_embedded_model_whole(
     compressed = compress(embedded, config, calibration=torch.from_numpy(embedded_ids))
     with torch.no_grad():
         logits = compare.as_array(compressed(input_ids=torch.from_numpy(embedded_ids)).logits)
-    expected, spread = forward(
+    expected, spread = llamas.forward(
         llamas.reference_weights(compressed), shape, embedded_ids, Precision()
     )
     llamas.close("embedded model: logits of our weights", logits, expected, spread)

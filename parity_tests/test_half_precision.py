@@ -183,4 +183,6 @@ def test_factors_come_in_the_dtype_computed_in(dtype: torch.dtype) -> None:
     W, x = torch.eye(3, dtype=dtype), torch.ones(3, dtype=torch.float64)
     assert all(factor.dtype == torch.float32 for factor in lowrank.svd_low_rank(W, 2)[:2])
     assert importance.weight_importance(W, x).dtype == torch.float32
+    assert importance.magnitude_importance(W).dtype == torch.float32
+    assert importance.taylor_importance(W, W).dtype == torch.float32
     assert all(factor.dtype == torch.float32 for factor in lowrank.awsvd(W, x, 2)[:2])

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorap.ops import importance as ours
+from lorap.ops.precision import compute_dtype
 from lorap_reference import importance as reference
 from parity_tests import compare, tolerances
 from parity_tests import strategies as own
@@ -34,6 +35,53 @@ def test_weight_importance(problem: own.Problem, layout: own.Layout, dtype: Dtyp
         scores,
         reference.weight_importance(W.array, x.array),
         tolerances.weight_importance(dtype[1]),
+    )
+
+
+@pytest.mark.spec("importance.magnitude", "precision.compute")
+@given(
+    W=own.matrices(),
+    layout=own.layouts,
+    dtype=st.sampled_from((torch.float64, torch.float32, torch.float16, torch.bfloat16)),
+)
+def test_magnitude_importance(W: own.Array, layout: own.Layout, dtype: torch.dtype) -> None:
+    # fp16 holds no more than 65504.
+    pair = own.pair(np.clip(W, -6e4, 6e4), layout, dtype)
+    scores = ours.magnitude_importance(pair.tensor)
+    assert scores.dtype == compute_dtype(pair.tensor)
+    assert pair.unchanged()
+    compare.exact("magnitude importance", scores, reference.magnitude_importance(pair.array))
+
+
+@pytest.mark.spec("importance.taylor", "precision.compute")
+@given(
+    W=own.matrices(),
+    seed=own.seeds,
+    size=own.scales,
+    layout=own.layouts,
+    dtype=dtypes,
+    gradient_dtype=dtypes,
+)
+def test_taylor_importance(
+    W: own.Array,
+    seed: int,
+    size: float,
+    layout: own.Layout,
+    dtype: Dtype,
+    gradient_dtype: Dtype,
+) -> None:
+    gradient = size * np.random.default_rng(seed).standard_normal(W.shape)
+    weight, G = own.pair(W, layout, dtype[0]), own.pair(gradient, layout, gradient_dtype[0])
+    scores = ours.taylor_importance(weight.tensor, G.tensor)
+    assert scores.dtype == dtype[0]
+    assert weight.unchanged()
+    assert G.unchanged()
+    theirs = reference.taylor_importance(weight.array, G.array)
+    compare.close(
+        label("Taylor importance", dtype[1]),
+        scores,
+        theirs,
+        tolerances.taylor_importance(weight.array, theirs, dtype[1]),
     )
 
 
@@ -73,6 +121,23 @@ def test_the_default_aggregation_is_the_l2_norm(scores: own.Array) -> None:
     )
     compare.exact(
         "channel importance (default)", reference.channel_importance(pair.array, 1), expected
+    )
+
+
+@pytest.mark.spec("importance.group-scores", "precision.statistics")
+@given(ffn=own.channels(), layout=own.layouts, dtype=dtypes, aggregation=own.aggregations)
+def test_group_scores(
+    ffn: own.Channels, layout: own.Layout, dtype: Dtype, aggregation: reference.Aggregation
+) -> None:
+    pairs = tuple(own.pair(np.abs(W), layout, dtype[0]) for W in (ffn.up, ffn.gate, ffn.down))
+    scores = ours.group_scores(*(pair.tensor for pair in pairs), aggregation)
+    assert scores.dtype == torch.float64
+    assert all(pair.unchanged() for pair in pairs)
+    compare.relatively_close(
+        f"group scores ({aggregation})",
+        scores,
+        reference.group_scores(*(pair.array for pair in pairs), aggregation),
+        tolerances.group_importance(ffn.down.shape[0], EPS64),
     )
 
 

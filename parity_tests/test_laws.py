@@ -308,6 +308,138 @@ def test_scores_are_not_negative_and_grow_with_the_magnitude_of_the_weights(
     )
 
 
+@pytest.mark.spec("importance.group-scores", "heads.scores")
+@both_sides
+@given(ffn=own.channels(), mha=own.heads(), aggregation=own.aggregations)
+def test_scores_of_groups_are_the_sum_of_those_of_the_matrices(
+    side: Side, ffn: own.Channels, mha: own.Heads, aggregation: str
+) -> None:
+    """Eq. (10), whatever scores the weights: each matrix counts as if it stood alone."""
+    for function, matrices, more, bound in (
+        (
+            "importance.group_scores",
+            (ffn.up, ffn.gate, ffn.down),
+            (),
+            tolerances.group_importance(ffn.down.shape[0], EPS64),
+        ),
+        (
+            "heads.head_scores",
+            mha.matrices,
+            (mha.kv_heads,),
+            tolerances.head_scores(mha.q.size // mha.kv_heads),
+        ),
+    ):
+        scores = tuple(map(np.abs, matrices))
+        total = sum(
+            side(
+                function,
+                *(W if i == m else np.zeros_like(W) for i, W in enumerate(scores)),
+                *more,
+                aggregation,
+            )
+            for m in range(len(scores))
+        )
+        whole = side(function, *scores, *more, aggregation)
+        compare.relatively_close(f"{function}, matrix by matrix ({side})", whole, total, bound)
+
+
+@pytest.mark.spec("importance.group-scores", "importance.channel", "prune.keep")
+@both_sides
+@given(ffn=own.channels(), s=own.ratios)
+def test_the_mean_of_eq_2_selects_what_l1_selects(side: Side, ffn: own.Channels, s: float) -> None:
+    """All channels of an FFN have d weights in each matrix: the mean is l1 over d."""
+    scores, d = tuple(map(np.abs, (ffn.up, ffn.gate, ffn.down))), ffn.down.shape[0]
+    l1, mean = (side("importance.group_scores", *scores, norm) for norm in ("l1", "mean"))
+    band = side("budget.removed_band", l1.size, s, 0.1)
+    kept_l1, kept_mean = (side("pruning.kept_channels", C, *band) for C in (l1, mean))
+    if np.frexp(d)[0] == 0.5:
+        event("d a power of two")
+        compare.exact(f"scores by mean, times d ({side})", mean * d, l1)
+        compare.exact(f"kept channels by mean and l1 ({side})", kept_mean, kept_l1)
+        return
+    event("another d")
+    relative = tolerances.group_importance(d, EPS64) + EPS64
+    compare.relatively_close(f"scores by mean, times d ({side})", mean * d, l1, relative)
+    compare.kept_channels(
+        f"kept channels by mean and l1 ({side})", kept_mean, kept_l1, l1, relative * l1, band
+    )
+
+
+powers_of_two = st.integers(-20, 20).map(lambda exponent: 2.0**exponent)
+
+
+def gradients_like(matrices: tuple[own.Array, ...], seed: int) -> list[own.Array]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(W.shape) for W in matrices]
+
+
+@pytest.mark.spec("importance.magnitude", "importance.taylor", "prune.keep")
+@both_sides
+@given(
+    ffn=own.channels(), mha=own.heads(), c=powers_of_two, s=own.ratios, seed=own.seeds,
+    aggregation=own.aggregations,
+)  # fmt: skip
+def test_the_scale_of_weights_and_of_the_loss_changes_no_selection(
+    side: Side,
+    ffn: own.Channels,
+    mha: own.Heads,
+    c: float,
+    s: float,
+    seed: int,
+    aggregation: str,
+) -> None:
+    """All weights times c, or all gradients (the loss times c): the scores are times c."""
+    for function, matrices, more in (
+        ("importance.group_scores", (ffn.up, ffn.gate, ffn.down), ()),
+        ("heads.head_scores", mha.matrices, (mha.kv_heads,)),
+    ):
+        G = gradients_like(matrices, seed)
+
+        def kept(scores: list[own.Array], expected: own.Array | None) -> tuple[Any, Any]:
+            C = side(function, *scores, *more, aggregation)  # noqa: B023 - called at once
+            if expected is not None:
+                compare.exact(f"scores of groups, times a power of two ({side})", C, expected)
+            band = side("budget.removed_band", C.size, s, 0.1)
+            return C, side("pruning.kept_channels", C, *band)
+
+        C, stay = kept([side("importance.magnitude_importance", W) for W in matrices], None)
+        _, again = kept([side("importance.magnitude_importance", c * W) for W in matrices], c * C)
+        assert again.tolist() == stay.tolist()
+
+        pairs = list(zip(matrices, G, strict=True))
+        C, stay = kept([side("importance.taylor_importance", W, g) for W, g in pairs], None)
+        for scaled in ([(c * W, g) for W, g in pairs], [(W, c * g) for W, g in pairs]):
+            _, again = kept([side("importance.taylor_importance", *pair) for pair in scaled], c * C)
+            assert again.tolist() == stay.tolist()
+
+
+@pytest.mark.spec("importance.magnitude", "importance.taylor")
+@both_sides
+@given(W=own.matrices(), c=powers_of_two, seed=own.seeds)
+def test_taylor_scores_know_no_unit_of_a_weight_and_no_sign(
+    side: Side, W: own.Array, c: float, seed: int
+) -> None:
+    """A weight counted in other units, ``c W``, has the gradient ``G / c``: the same score.
+
+    A magnitude does depend on the unit. Neither sees a sign, of the weight or of the gradient.
+    """
+    (G,) = gradients_like((W,), seed)
+    flips = np.random.default_rng(seed + 1).choice((-1.0, 1.0), W.shape)
+    scores = side("importance.taylor_importance", W, G)
+    assert np.all(scores >= 0)
+    for other in ((c * W, G / c), (flips * W, G), (W, flips * G)):
+        compare.exact(
+            f"Taylor importance, other units and signs ({side})",
+            side("importance.taylor_importance", *other),
+            scores,
+        )
+    compare.exact(
+        f"magnitude importance, other signs ({side})",
+        side("importance.magnitude_importance", flips * W),
+        side("importance.magnitude_importance", W),
+    )
+
+
 # Low rank
 
 
@@ -790,6 +922,121 @@ def test_the_kept_channels_are_nested_as_the_ratio_grows(
         above = sorted(C[list(kept)])[low:]
         event("removed and kept" if removed and above else "all or nothing")
         assert max(C[list(removed)], default=-1.0) <= min(above, default=np.inf)
+
+
+# Heads
+
+
+def regrouped(matrix: own.Array, kv_heads: int, order: own.Ids) -> own.Array:
+    """Return a matrix with the rows of its groups in another order, group by group."""
+    blocks = matrix.reshape(kv_heads, matrix.shape[0] // kv_heads, matrix.shape[1])
+    return np.asarray(blocks[order].reshape(matrix.shape))
+
+
+@pytest.mark.spec("heads.scores", "heads.group")
+@both_sides
+@given(mha=own.heads(), aggregation=own.aggregations, seed=own.seeds)
+def test_scores_of_groups_of_heads_follow_a_permutation_of_the_groups(
+    side: Side, mha: own.Heads, aggregation: str, seed: int
+) -> None:
+    """And no permutation of rows within the groups, or of features, changes them."""
+    rng = np.random.default_rng(seed)
+    q, k, v, o = map(np.abs, mha.matrices)
+    C = side("heads.head_scores", q, k, v, o, mha.kv_heads, aggregation)
+    order = rng.permutation(mha.kv_heads)
+    permuted = [regrouped(W, mha.kv_heads, order) for W in (q, k, v, o.T)]
+    bound = tolerances.head_scores(q.size // mha.kv_heads)
+    compare.relatively_close(
+        f"scores of groups, groups permuted ({side})",
+        side("heads.head_scores", *permuted[:3], permuted[3].T, mha.kv_heads, aggregation),
+        C[order],
+        bound,
+    )
+
+    def shuffled(W: own.Array) -> own.Array:
+        blocks = W.reshape(mha.kv_heads, -1, W.shape[1])
+        return np.asarray(rng.permuted(rng.permuted(blocks, axis=1), axis=2).reshape(W.shape))
+
+    compare.relatively_close(
+        f"scores of groups, weights permuted within them ({side})",
+        side(
+            "heads.head_scores",
+            *map(shuffled, (q, k, v)),
+            shuffled(o.T).T,
+            mha.kv_heads,
+            aggregation,
+        ),
+        C,
+        bound,
+    )
+
+
+@pytest.mark.spec("heads.scores", "importance.channel")
+@both_sides
+@given(mha=own.heads())
+def test_with_l1_a_group_has_the_sum_of_the_scores_of_its_channels(
+    side: Side, mha: own.Heads
+) -> None:
+    """So that with ``l1`` it makes no difference which of the two a group's score is."""
+    q, k, v, o = map(np.abs, mha.matrices)
+    total = sum(
+        np.sum(side("importance.channel_importance", W, 1, "l1").reshape(mha.kv_heads, -1), axis=1)
+        for W in (q, k, v, o.T)
+    )
+    compare.relatively_close(
+        f"l1 scores of groups, channel by channel ({side})",
+        side("heads.head_scores", q, k, v, o, mha.kv_heads, "l1"),
+        total,
+        tolerances.head_scores(q.size // mha.kv_heads),
+    )
+
+
+@pytest.mark.spec("heads.slice", "heads.group")
+@both_sides
+@given(mha=own.heads(), seed=own.seeds, data=st.data())
+def test_heads_pruned_twice_are_heads_pruned_once(
+    side: Side, mha: own.Heads, seed: int, data: st.DataObject
+) -> None:
+    rng, groups = np.random.default_rng(seed), mha.kv_heads
+    first = rng.permutation(groups)[: data.draw(st.integers(1, groups), label="first")]
+    second = rng.permutation(first.size)[: data.draw(st.integers(0, first.size), label="second")]
+    once = side("heads.prune_heads", *mha.matrices, first, groups)
+    twice = side("heads.prune_heads", *once, second, first.size)
+    at_once = side("heads.prune_heads", *mha.matrices, first[second], groups)
+    for a, b in zip(twice, at_once, strict=True):
+        compare.exact(f"heads pruned twice ({side})", a, b)
+    everything = side("heads.prune_heads", *mha.matrices, np.arange(groups), groups)
+    for a, b in zip(everything, mha.matrices, strict=True):
+        compare.exact(f"heads, none pruned ({side})", a, b)
+
+
+# Wanda
+
+
+@pytest.mark.spec("wanda.mask")
+@both_sides
+@given(W=own.matrices(), s=own.ratios, seed=own.seeds)
+def test_each_row_drops_as_many_weights_and_the_smallest(
+    side: Side, W: own.Array, s: float, seed: int
+) -> None:
+    scores = np.abs(W)
+    mask = side("wanda.wanda_mask", scores, s)
+    assert np.all(np.sum(~mask, axis=1) == int(W.shape[1] * s))
+    for row, stay in zip(scores, mask, strict=True):
+        assert max(row[~stay], default=0.0) <= min(row[stay], default=np.inf)
+    # Rows know nothing of each other, and not their scale.
+    rng = np.random.default_rng(seed)
+    order, scale = rng.permutation(W.shape[0]), 2.0 ** rng.integers(-20, 21, W.shape[0])
+    permuted = side("wanda.wanda_mask", (scores * scale[:, None])[order], s)
+    assert np.array_equal(permuted, mask[order])
+
+
+@pytest.mark.spec("wanda.mask")
+@both_sides
+@given(W=own.matrices(), two=st.tuples(own.ratios, own.ratios).map(sorted))
+def test_masks_are_nested_in_the_sparsity(side: Side, W: own.Array, two: list[float]) -> None:
+    more, fewer = (side("wanda.wanda_mask", np.abs(W), s) for s in two)
+    assert np.all(more >= fewer)
 
 
 # Budget

@@ -24,6 +24,8 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "bands": st.tuples(own.scores(), own.ratios),
     "budgets": st.tuples(own.attention_shapes(), own.ratios, own.allocations),
     "llamas": own.small_llamas(),
+    "heads": own.heads(),
+    "masks": st.tuples(own.matrices(), own.ratios),
 }
 
 
@@ -237,6 +239,45 @@ LLAMA_EDGES: dict[str, Callable[[own.SmallLlama], bool]] = {
 @pytest.mark.parametrize("name", LLAMA_EDGES)
 def test_llamas_reach(name: str) -> None:
     assert occurs("llamas", LLAMA_EDGES[name])
+
+
+HEAD_EDGES: dict[str, Callable[[own.Heads], bool]] = {
+    "grouped queries": lambda h: h.kv_heads > 1 and h.q.shape[0] > h.k.shape[0],
+    "as many keys as queries": lambda h: h.kv_heads > 1 and h.q.shape[0] == h.k.shape[0],
+    "one group": lambda h: h.kv_heads == 1,
+    "one row a head": lambda h: h.k.shape[0] == h.kv_heads > 1,
+    "one feature": lambda h: h.q.shape[1] == 1,
+    "all groups equal": lambda h: h.kv_heads > 2 and h.q.any() and len(set(h.q.flat)) == 1,
+    "no weight but 0": lambda h: not any(matrix.any() for matrix in h.matrices),
+}
+
+
+@pytest.mark.parametrize("name", HEAD_EDGES)
+def test_heads_reach(name: str) -> None:
+    assert occurs("heads", HEAD_EDGES[name])
+
+
+def tie_in_a_row(example: tuple[own.Array, float]) -> bool:
+    W, s = example
+    dropped = int(W.shape[1] * s)
+    ascending = np.sort(np.abs(W), axis=1)
+    return 0 < dropped < W.shape[1] and bool(
+        np.any(ascending[:, dropped - 1] == ascending[:, dropped])
+    )
+
+
+MASK_EDGES: dict[str, Callable[[tuple[own.Array, float]], bool]] = {
+    "tie at the cut": tie_in_a_row,
+    "no row": lambda e: e[0].shape[0] == 0 and e[0].shape[1] > 0,
+    "no column": lambda e: e[0].shape[1] == 0 and e[0].shape[0] > 0,
+    "nothing dropped": lambda e: e[0].size > 0 and e[1] == 0,
+    "all dropped": lambda e: e[0].size > 0 and e[1] == 1,
+}
+
+
+@pytest.mark.parametrize("name", MASK_EDGES)
+def test_masks_reach(name: str) -> None:
+    assert occurs("masks", MASK_EDGES[name])
 
 
 @pytest.mark.parametrize("layout", own.LAYOUTS)

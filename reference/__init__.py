@@ -4,11 +4,24 @@ Written to be read beside the paper (arXiv 2404.09695) and SPEC.md; the paper's 
 ``lorap``, the torch path, shares no code with it: the two meet only in ``parity_tests``.
 """
 
-from . import algorithm1, budget, importance, joint, llama, lowrank, pca, pruning, statistics
+from . import (
+    algorithm1,
+    budget,
+    heads,
+    importance,
+    joint,
+    llama,
+    lowrank,
+    pca,
+    pruning,
+    statistics,
+    wanda,
+)
 
 __all__ = [
     "algorithm1",
     "budget",
+    "heads",
     "importance",
     "joint",
     "llama",
@@ -16,4 +29,5 @@ __all__ = [
     "pca",
     "pruning",
     "statistics",
+    "wanda",
 ]

@@ -26,14 +26,12 @@ class Side:
     def __call__(self, function: str, *arguments: Any) -> Any:
         module, name = function.split(".")
         given = [
-            tuple(self.make(np.asarray(part, dtype=float)) for part in a)
-            if isinstance(a, tuple) and name == "stacked"
-            else self.make(
-                np.asarray(a, dtype=np.int64 if name == "prune_ffn" and i == 3 else float)
-            )
-            if isinstance(a, list | np.ndarray)
+            tuple(self.make(numbers(part)) for part in a)
+            if isinstance(a, tuple)
+            else self.make(a)
+            if isinstance(a, np.ndarray)
             else a
-            for i, a in enumerate(arguments)
+            for a in map(numbers, arguments)
         ]
         answer = getattr(self.module(module), name)(*given)
         if isinstance(answer, tuple):
@@ -45,6 +43,13 @@ class Side:
         if self.package == "lorap.ops":
             return self("statistics.feature_norms", self("statistics.sum_of_squares", X))
         return self("statistics.feature_norms", X)
+
+
+def numbers(value: Any) -> Any:
+    """Return lists as arrays; whole numbers in an array are indices, all else is float."""
+    if isinstance(value, np.ndarray) and value.dtype == np.int64:
+        return value
+    return np.asarray(value, dtype=float) if isinstance(value, list | np.ndarray) else value
 
 
 def as_array(value: Any) -> Any:
@@ -221,6 +226,175 @@ def test_group_importance_by_loops(side: Side, aggregation: str) -> None:
     assert close(scores, expected)
 
 
+@pytest.mark.spec("importance.magnitude")
+def test_magnitude_importance(side: Side) -> None:
+    scores = side("importance.magnitude_importance", [[1.5, -2.0], [0.0, -0.25]])
+    assert scores.tolist() == [[1.5, 2], [0, 0.25]]
+
+
+@pytest.mark.spec("importance.taylor")
+def test_taylor_importance(side: Side) -> None:
+    scores = side("importance.taylor_importance", [[2.0, -3.0, 4.0]], [[-5.0, -0.5, 0.0]])
+    assert scores.tolist() == [[10, 1.5, 0]]
+
+
+@pytest.mark.spec("importance.taylor")
+def test_taylor_scores_are_the_change_of_a_linear_loss_without_the_weight(side: Side) -> None:
+    """A loss that is linear in the weights has no other terms: one after the other is zeroed."""
+    rng = np.random.default_rng(0)
+    W, G = rng.standard_normal((3, 4)), rng.standard_normal((3, 4))
+    changes = np.zeros_like(W)
+    for at in np.ndindex(W.shape):
+        without = W.copy()
+        without[at] = 0
+        changes[at] = abs(np.sum(G * without) - np.sum(G * W))
+    assert close(side("importance.taylor_importance", W, G), changes)
+
+
+@pytest.mark.spec("importance.group-scores")
+def test_group_scores(side: Side) -> None:
+    """Rows of up and gate, columns of down: 5 + 2 + 13 and 1 + 0 + 2 in the l2 norm."""
+    up, gate, down = [[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [0.0, 0.0]], [[5.0, 2.0], [12.0, 0.0]]
+    expected = {"l2": [20, 3], "l1": [26, 3], "linf": [18, 3], "mean": [13, 1.5]}
+    for aggregation, scores in expected.items():
+        assert close(side("importance.group_scores", up, gate, down, aggregation), scores)
+
+
+@pytest.mark.spec("importance.group-scores", "importance.group")
+@pytest.mark.parametrize("aggregation", ["mean", "l1", "l2", "linf"])
+def test_group_importance_is_the_group_scores_of_eq_1_to_the_last_bit(
+    side: Side, aggregation: str
+) -> None:
+    rng = np.random.default_rng(0)
+    up, gate, down = (rng.standard_normal(shape) for shape in ((7, 5), (7, 5), (5, 7)))
+    x_ffn, x_down = rng.uniform(0, 2, 5), rng.uniform(0, 2, 7)
+    phi = [
+        side("importance.channel_importance", np.abs(W) * x, axis, aggregation)
+        for W, x, axis in ((up, x_ffn, 1), (gate, x_ffn, 1), (down, x_down, 0))
+    ]
+    C = side("importance.group_importance", up, gate, down, x_ffn, x_down, aggregation)
+    assert C.tolist() == (phi[0] + phi[1] + phi[2]).tolist()
+    weights = [np.abs(up) * x_ffn, np.abs(gate) * x_ffn, np.abs(down) * x_down]
+    assert C.tolist() == side("importance.group_scores", *weights, aggregation).tolist()
+
+
+@pytest.mark.spec("heads.group")
+def test_head_rows(side: Side) -> None:
+    """Six rows of three groups, two each; the order of the groups is the order of the rows."""
+    assert side("heads.head_rows", np.array([0, 2]), 6, 3).tolist() == [0, 1, 4, 5]
+    assert side("heads.head_rows", np.array([2, 1]), 6, 3).tolist() == [4, 5, 2, 3]
+    assert side("heads.head_rows", np.array([], dtype=np.int64), 6, 3).tolist() == []
+
+
+@pytest.mark.spec("heads.group")
+def test_rows_that_the_groups_cannot_share_are_refused(side: Side) -> None:
+    with pytest.raises((ValueError, RuntimeError), match="shape"):
+        side("heads.head_rows", np.array([0]), 7, 3)
+    with pytest.raises((ValueError, RuntimeError), match="shape"):
+        side("heads.head_scores", *[np.ones((3, 2))] * 3, np.ones((2, 3)), 2)
+
+
+@pytest.mark.spec("heads.scores")
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("l2", [13 + 4 + 3 + 5, 1 + 2 + 0 + 0]),
+        ("l1", [19 + 4 + 3 + 9, 1 + 2 + 0 + 0]),
+        ("linf", [12 + 4 + 3 + 4, 1 + 2 + 0 + 0]),
+        ("mean", [19 / 4 + 2 + 1.5 + 9 / 4, 1 / 4 + 1 + 0 + 0]),
+    ],
+)
+def test_head_scores(side: Side, aggregation: str, expected: list[float]) -> None:
+    """Two groups of two query heads, one row each; k and v have a row a group, o the columns."""
+    q = [[3.0, 4.0], [0.0, 12.0], [1.0, 0.0], [0.0, 0.0]]
+    k, v = [[0.0, 4.0], [2.0, 0.0]], [[3.0, 0.0], [0.0, 0.0]]
+    o = [[2.0, 1.0, 0.0, 0.0], [2.0, 4.0, 0.0, 0.0]]
+    assert close(side("heads.head_scores", q, k, v, o, 2, aggregation), expected)
+
+
+@pytest.mark.spec("heads.scores")
+@pytest.mark.parametrize("aggregation", ["mean", "l1", "l2", "linf"])
+def test_head_scores_by_loops(side: Side, aggregation: str) -> None:
+    rng = np.random.default_rng(0)
+    kv_heads, share, head_dim, d = 3, 2, 2, 5
+    queries, keys = kv_heads * share * head_dim, kv_heads * head_dim
+    q, k, v, o = (
+        rng.uniform(0, 1, shape) for shape in ((queries, d), (keys, d), (keys, d), (d, queries))
+    )
+    phi: dict[str, Callable[[list[float]], float]] = {
+        "mean": lambda s: sum(s) / len(s),
+        "l1": sum,
+        "l2": lambda s: sum(a * a for a in s) ** 0.5,
+        "linf": max,
+    }
+    expected = []
+    for group in range(kv_heads):
+        heads = [h for h in range(kv_heads * share) if h // share == group]
+        of_q = [h * head_dim + i for h in heads for i in range(head_dim)]
+        of_k = [group * head_dim + i for i in range(head_dim)]
+        blocks = (
+            [q[i, j] for i in of_q for j in range(d)],
+            [k[i, j] for i in of_k for j in range(d)],
+            [v[i, j] for i in of_k for j in range(d)],
+            [o[j, i] for i in of_q for j in range(d)],
+        )
+        expected.append(sum(phi[aggregation](block) for block in blocks))
+    assert close(side("heads.head_scores", q, k, v, o, kv_heads, aggregation), expected)
+
+
+@pytest.mark.spec("heads.scores")
+def test_how_a_head_spreads_over_its_channels_does_not_matter_to_l2(side: Side) -> None:
+    """D-204: v turned by a rotation, o turned back; one channel could hold all that the two had."""
+    v, o = [[3.0, 0.0], [0.0, 4.0]], [[3.0, 0.0], [0.0, 4.0]]
+    Q = np.array([[0.6, 0.8], [-0.8, 0.6]])
+    none = np.zeros((2, 2))
+    scores = [
+        side("heads.head_scores", none, none, np.abs(A @ v), np.abs(o @ A.T), 1, "l2")
+        for A in (np.eye(2), Q)
+    ]
+    assert close(scores[0], [10])
+    assert close(scores[1], scores[0])
+
+
+@pytest.mark.spec("heads.slice")
+def test_rows_of_q_k_and_v_and_columns_of_o(side: Side) -> None:
+    q = [[1.0], [2.0], [3.0], [4.0], [5.0], [6.0]]
+    k, v = [[10.0], [20.0], [30.0]], [[-1.0], [-2.0], [-3.0]]
+    o = [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]
+    parts = side("heads.prune_heads", q, k, v, o, np.array([0, 2]), 3)
+    assert [part.tolist() for part in parts] == [
+        [[1], [2], [5], [6]],
+        [[10], [30]],
+        [[-1], [-3]],
+        [[1, 2, 5, 6]],
+    ]
+
+
+@pytest.mark.spec("wanda.mask")
+def test_wanda_mask(side: Side) -> None:
+    """Each row drops its own: the 5 of the first row goes, the 1 of the second stays."""
+    scores = [[9.0, 5.0, 7.0, 8.0, 6.0], [0.5, 1.0, 0.0, 2.0, 0.25]]
+    assert side("wanda.wanda_mask", scores, 0.5).tolist() == [
+        [True, False, True, True, False],
+        [True, True, False, True, False],
+    ]
+    assert side("wanda.wanda_mask", scores, 0.0).all()
+    assert not side("wanda.wanda_mask", scores, 1.0).any()
+
+
+@pytest.mark.spec("wanda.mask")
+def test_of_equal_scores_wanda_drops_the_first(side: Side) -> None:
+    # More than the 16 up to which an unstable sort is stable by accident.
+    mask = side("wanda.wanda_mask", np.ones((2, 500)), 0.3)
+    assert mask.tolist() == [[False] * 150 + [True] * 350] * 2
+
+
+@pytest.mark.spec("wanda.mask")
+def test_wanda_counts_in_doubles(side: Side) -> None:
+    """0.29 * 100 is 28.999999999999996."""
+    assert np.sum(~side("wanda.wanda_mask", np.ones((1, 100)), 0.29)) == 28
+
+
 @pytest.mark.spec("lowrank.apply")
 def test_low_rank_apply(side: Side) -> None:
     left, right = [[1.0], [2.0]], [[3.0, 0.0, -1.0]]
@@ -238,7 +412,7 @@ def test_svd_low_rank(side: Side) -> None:
     # The factors are U_r and U_r^T W, signs aside.
     assert close(np.abs(left), [[1, 0], [0, 0], [0, 1]])
     assert close(np.abs(right), [[3, 0, 0], [0, 0, 2]])
-    one = np.outer([3, 4], [4, 5])
+    one = np.outer([3.0, 4.0], [4.0, 5.0])
     left, right, S = side("lowrank.svd_low_rank", one, 2)
     assert close(left @ right, one)
     assert close(S, [5 * 41**0.5, 0])
@@ -690,7 +864,7 @@ def test_rows_of_up_and_gate_and_columns_of_down(side: Side) -> None:
         [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]],
         [[10.0, 20.0], [30.0, 40.0], [50.0, 60.0]],
         [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]],
-        [0, 2],
+        np.array([0, 2]),
     )
     assert up.tolist() == [[1, 2], [5, 6]]
     assert gate.tolist() == [[10, 20], [50, 60]]

@@ -1,4 +1,8 @@
-"""Importance of weights, channels and groups: Eq. (1), (2), (8) to (10); Sections 2.2 to 3.3."""
+"""Importance of weights, channels and groups: Eq. (1), (2), (8) to (10); Sections 2.2 to 3.3.
+
+A score of a single weight is Eq. (1), the method's, or one of those that the paper compares with:
+the magnitude, and the Taylor expansion of the loss. What puts them together takes any of them.
+"""
 
 from typing import Literal
 
@@ -32,13 +36,58 @@ def weight_importance(weight: Tensor, norms: Tensor) -> Tensor:
     return weight.to(dtype).abs() * norms.to(dtype)
 
 
+def magnitude_importance(weight: Tensor) -> Tensor:
+    """Magnitude of each weight: Eq. (1) as if all inputs were of one size.
+
+    Parameters
+    ----------
+    weight : (d_out, d_in)
+        Any floating dtype.
+
+    Returns
+    -------
+    (d_out, d_in)
+        In ``compute_dtype(weight)``.
+
+    Notes
+    -----
+    SPEC: ``importance.magnitude``.
+    """
+    return weight.to(compute_dtype(weight)).abs()
+
+
+def taylor_importance(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Magnitude of each weight times the gradient of the loss by it.
+
+    It is how much the loss changes, to first order, as the weight turns zero.
+
+    Parameters
+    ----------
+    weight : (d_out, d_in)
+        Any floating dtype.
+    gradient : (d_out, d_in)
+        Of the mean cross-entropy, any floating dtype.
+
+    Returns
+    -------
+    (d_out, d_in)
+        In ``compute_dtype(weight)``; in units of the loss.
+
+    Notes
+    -----
+    SPEC: ``importance.taylor``. LLM-Pruner (arXiv 2305.11627) calls it ``param_first``.
+    """
+    dtype = compute_dtype(weight)
+    return (weight.to(dtype) * gradient.to(dtype)).abs()
+
+
 def channel_importance(scores: Tensor, axis: int, aggregation: Aggregation = "l2") -> Tensor:
     """Eq. (8), and Eq. (2) for ``mean``: the scores of a channel's weights put together.
 
     Parameters
     ----------
     scores : (d_out, d_in)
-        ``weight_importance`` of a matrix.
+        Scores of the single weights of a matrix, any floating dtype.
     axis : {0, 1}
         The axis summed over: 1 scores the rows (output channels of up and gate), 0 the columns
         (input channels of down).
@@ -63,6 +112,33 @@ def channel_importance(scores: Tensor, axis: int, aggregation: Aggregation = "l2
     return wide.square().sum(dim=axis).sqrt()
 
 
+def group_scores(up: Tensor, gate: Tensor, down: Tensor, aggregation: Aggregation = "l2") -> Tensor:
+    """Eq. (9) and (10) on scores of weights: row of up, row of gate and column of down, added.
+
+    Parameters
+    ----------
+    up, gate : (width, d)
+        Scores of the single weights, any floating dtype; row i belongs to channel i.
+    down : (d, width)
+        Column i belongs to channel i.
+    aggregation : {"mean", "l1", "l2", "linf"}
+        As in ``channel_importance``.
+
+    Returns
+    -------
+    (width,) float64
+
+    Notes
+    -----
+    SPEC: ``importance.group-scores``.
+    """
+    return (
+        channel_importance(up, 1, aggregation)
+        + channel_importance(gate, 1, aggregation)
+        + channel_importance(down, 0, aggregation)
+    )
+
+
 def group_importance(
     up: Tensor,
     gate: Tensor,
@@ -71,7 +147,7 @@ def group_importance(
     down_norms: Tensor,
     aggregation: Aggregation = "l2",
 ) -> Tensor:
-    """Eq. (9) and (10): scores of a channel's row of up, row of gate and column of down, added.
+    """Eq. (9) and (10): ``group_scores`` of the weight scores of Eq. (1).
 
     Parameters
     ----------
@@ -94,8 +170,9 @@ def group_importance(
     -----
     SPEC: ``importance.group``.
     """
-    return (
-        channel_importance(weight_importance(up, ffn_norms), 1, aggregation)
-        + channel_importance(weight_importance(gate, ffn_norms), 1, aggregation)
-        + channel_importance(weight_importance(down, down_norms), 0, aggregation)
+    return group_scores(
+        weight_importance(up, ffn_norms),
+        weight_importance(gate, ffn_norms),
+        weight_importance(down, down_norms),
+        aggregation,
     )
