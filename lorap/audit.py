@@ -490,7 +490,7 @@ def _plan(reader: CheckpointReader, settings: CompressionConfig) -> _Plan:
         assert own is not None
         nested = settings.ratio_scope == "layer"
         given = {roles[name]: shape for name, shape in shapes.items()}
-        for role, rank in budget.mha_ranks(given, own, settings.allocation, nested).items():
+        for role, rank in budget.ranks(given, own, settings.allocation, nested).items():
             ranks[layer, family.attention[role]] = rank
 
     layers: list[dict[str, _Module]] = [{} for _ in range(count)]

@@ -412,7 +412,7 @@ def _group_sizes(
         raise _UnreachableError(f"it needs a layer ratio of {ratio:.4f}, and 1 would remove it all")
     if group[0].sublayer == "ffn":
         return {group[0].path: _band_of_ratio(group[0], ratio, config.least_important)}
-    ranks = budget.mha_ranks(
+    ranks = budget.ranks(
         {m.role: m.shape for m in group},
         ratio,
         config.allocation,

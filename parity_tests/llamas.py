@@ -110,7 +110,7 @@ def reachable(weights: Mapping[str, Array], settings: algorithm1.Settings) -> bo
         return False
     layer = llama.layer_weights(weights, 0)
     shapes = {m: layer[f"{name}.weight"].shape for m, name in algorithm1.MHA.items()}
-    ranks = budget.mha_ranks(
+    ranks = budget.ranks(
         {m: (shape[0], shape[1]) for m, shape in shapes.items()},
         settings.layer_ratio,
         settings.a,

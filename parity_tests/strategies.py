@@ -406,6 +406,29 @@ def attention_shapes(draw: st.DrawFn) -> Mapping[str, Shape]:
     return {name: shapes[name] for name in names}
 
 
+ROLES = ("q", "k", "qk", "v", "o", "gate", "up", "down")
+"""Matrices that may share a budget."""
+
+
+@st.composite
+def low_rank_shapes(draw: st.DrawFn) -> Mapping[str, Shape]:
+    """Draw shapes of the attention's matrices, of the FFN's, or of both; q and k joint or not."""
+    shapes = dict(draw(attention_shapes()))
+    if {"q", "k"} <= shapes.keys() and shapes["q"][1] == shapes["k"][1] and draw(st.booleans()):
+        q, k = shapes.pop("q"), shapes.pop("k")
+        shapes["qk"] = (q[0] + k[0], q[1])
+    take = draw(st.sampled_from(("attention", "ffn", "both")))
+    if take == "attention":
+        return shapes
+    d = draw(st.sampled_from([side for shape in shapes.values() for side in shape]), label="d")
+    d_m = draw(st.one_of(st.integers(1, 4 * d), st.sampled_from((11008, 13824, 28672))))
+    names = draw(
+        st.lists(st.sampled_from(("gate", "up", "down")), min_size=1, unique=True), label="matrices"
+    )
+    ffn = {name: (d, d_m) if name == "down" else (d_m, d) for name in names}
+    return ffn if take == "ffn" else shapes | ffn
+
+
 @dataclass(frozen=True)
 class SmallLlama:
     """A random LLaMA, small enough for hundreds of compressions.

@@ -1052,11 +1052,11 @@ def held(shapes: Shapes, ranks: Ranks) -> int:
 
 @pytest.mark.spec("budget.slack", "budget.ranks", "budget.overflow")
 @both_sides
-@given(shapes=own.attention_shapes(), s=own.ratios, a=own.allocations, nested=st.booleans())
+@given(shapes=own.low_rank_shapes(), s=own.ratios, a=own.allocations, nested=st.booleans())
 def test_the_budget_is_spent_but_for_the_stated_slack(
     side: Side, shapes: Shapes, s: float, a: float, nested: bool
 ) -> None:
-    ranks = side("budget.mha_ranks", shapes, s, a, nested)
+    ranks = side("budget.ranks", shapes, s, a, nested)
     p, N = Fraction(1 - s), Fraction(sum(d_out * d_in for d_out, d_in in shapes.values()))
     weighted = {
         m: (Fraction(a) if m in "vo" else 1) * Fraction(d_out * d_in)
@@ -1087,11 +1087,11 @@ def test_the_budget_is_spent_but_for_the_stated_slack(
 
 @pytest.mark.spec("budget.ranks", "budget.break-even", "budget.overflow")
 @both_sides
-@given(shapes=own.attention_shapes(), s=own.ratios, a=own.allocations, nested=st.booleans())
+@given(shapes=own.low_rank_shapes(), s=own.ratios, a=own.allocations, nested=st.booleans())
 def test_ranks_are_below_break_even(
     side: Side, shapes: Shapes, s: float, a: float, nested: bool
 ) -> None:
-    for m, rank in side("budget.mha_ranks", shapes, s, a, nested).items():
+    for m, rank in side("budget.ranks", shapes, s, a, nested).items():
         d_out, d_in = shapes[m]
         if rank is not None:
             assert 0 <= rank * (d_out + d_in) < d_out * d_in
@@ -1112,7 +1112,7 @@ TURNS_DENSE = {"q": (8, 8), "k": (5, 8), "v": (5, 8), "o": (8, 8)}
 
 @pytest.mark.spec("budget.ranks", "budget.overflow", "budget.slack")
 @both_sides
-@given(shapes=own.attention_shapes(), two=two_ratios(), a=own.allocations, nested=st.booleans())
+@given(shapes=own.low_rank_shapes(), two=two_ratios(), a=own.allocations, nested=st.booleans())
 @example(shapes=TURNS_DENSE, two=(0.3, 0.2975), a=2.5, nested=False)
 def test_where_more_is_retained_no_rank_falls(
     side: Side, shapes: Shapes, two: tuple[float, float], a: float, nested: bool
@@ -1120,7 +1120,7 @@ def test_where_more_is_retained_no_rank_falls(
     """But by one, where a matrix turns dense in a later round: a rank there may be one above its
     floored share at one ratio (``budget.slack``: ``(-1, 1)``) and not at the next.
     """
-    before, after = (side("budget.mha_ranks", shapes, s, a, nested) for s in two)
+    before, after = (side("budget.ranks", shapes, s, a, nested) for s in two)
     dense, denser = ({m for m in shapes if ranks[m] is None} for ranks in (before, after))
     assert dense <= denser
     monotone = dense in (set(), denser)
@@ -1138,8 +1138,8 @@ def test_where_more_is_retained_no_rank_falls(
 @both_sides
 def test_a_matrix_that_turns_dense_can_cost_the_others_a_rank(side: Side) -> None:
     """More is retained, less is held: v gains its last parameter, and k loses a rank."""
-    before = side("budget.mha_ranks", TURNS_DENSE, 0.3, 2.5, False)
-    after = side("budget.mha_ranks", TURNS_DENSE, 0.2975, 2.5, False)
+    before = side("budget.ranks", TURNS_DENSE, 0.3, 2.5, False)
+    after = side("budget.ranks", TURNS_DENSE, 0.2975, 2.5, False)
     assert before == {"q": 1, "k": 2, "v": 3, "o": None}
     assert after == {"q": 1, "k": 1, "v": None, "o": None}
     assert (held(TURNS_DENSE, before), held(TURNS_DENSE, after)) == (145, 133)
@@ -1154,37 +1154,37 @@ any_shape = st.tuples(
 @pytest.mark.spec("budget.ranks", "budget.overflow")
 @both_sides
 @given(
-    qk=any_shape,
+    one=any_shape,
     vo=st.one_of(st.none(), any_shape),
     s=own.ratios,
     a=own.allocations,
     nested=st.booleans(),
 )
 def test_equal_shapes_of_a_group_get_equal_ranks(
-    side: Side, qk: own.Shape, vo: own.Shape | None, s: float, a: float, nested: bool
+    side: Side, one: own.Shape, vo: own.Shape | None, s: float, a: float, nested: bool
 ) -> None:
-    shapes = {"q": qk, "k": qk, "v": vo or qk, "o": vo or qk}
-    ranks = side("budget.mha_ranks", shapes, s, a, nested)
-    assert ranks["q"] == ranks["k"]
+    shapes = {role: vo or one if role in "vo" else one for role in own.ROLES}
+    ranks = side("budget.ranks", shapes, s, a, nested)
+    assert len({rank for role, rank in ranks.items() if role not in "vo"}) == 1
     assert ranks["v"] == ranks["o"]
 
 
 @pytest.mark.spec("budget.ranks", "budget.overflow")
 @both_sides
 @given(
-    shapes=own.attention_shapes(),
+    shapes=own.low_rank_shapes(),
     s=own.ratios,
     one=st.sampled_from((1, 1.0)),
     nested=st.booleans(),
-    names=st.permutations("qkvo"),
+    names=st.permutations(own.ROLES),
 )
 def test_allocation_1_treats_all_matrices_alike(
     side: Side, shapes: Shapes, s: float, one: float, nested: bool, names: list[str]
 ) -> None:
-    renamed = dict(zip("qkvo", names, strict=True))
-    ranks = side("budget.mha_ranks", shapes, s, one, nested)
+    renamed = dict(zip(own.ROLES, names, strict=True))
+    ranks = side("budget.ranks", shapes, s, one, nested)
     others = {renamed[m]: shape for m, shape in shapes.items()}
-    assert side("budget.mha_ranks", others, s, one, nested) == {
+    assert side("budget.ranks", others, s, one, nested) == {
         renamed[m]: rank for m, rank in ranks.items()
     }
 

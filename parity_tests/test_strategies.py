@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from lorap_reference.budget import break_even_rank, mha_ranks, removed_band
+from lorap_reference.budget import break_even_rank, ranks, removed_band
 from parity_tests import strategies as own
 
 EXAMPLES = 400
@@ -22,7 +22,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "tokens": own.tokens(),
     "outputs": own.output_problems(),
     "bands": st.tuples(own.scores(), own.ratios),
-    "budgets": st.tuples(own.attention_shapes(), own.ratios, own.allocations),
+    "budgets": st.tuples(own.low_rank_shapes(), own.ratios, own.allocations),
     "llamas": own.small_llamas(),
     "heads": own.heads(),
     "masks": st.tuples(own.matrices(), own.ratios),
@@ -191,8 +191,8 @@ Budget = tuple[dict[str, own.Shape], float, float]
 
 
 def surplus(example: Budget) -> bool:
-    ranks = mha_ranks(*example, nested=True).values()
-    return None in ranks and any(rank is not None and rank > 0 for rank in ranks)
+    found = ranks(*example, nested=True).values()
+    return None in found and any(rank is not None and rank > 0 for rank in found)
 
 
 def overflows_twice(example: Budget) -> bool:
@@ -201,7 +201,7 @@ def overflows_twice(example: Budget) -> bool:
     N = sum(m * n for m, n in shapes.values())
     weight = {name: a if name in "vo" else 1 for name in shapes}
     W = sum(weight[name] * m * n for name, (m, n) in shapes.items())
-    dense = {name for name, rank in mha_ranks(shapes, s, a, False).items() if rank is None}
+    dense = {name for name, rank in ranks(shapes, s, a, False).items() if rank is None}
     at_once = {
         name
         for name, shape in shapes.items()
@@ -213,10 +213,13 @@ def overflows_twice(example: Budget) -> bool:
 BUDGET_EDGES: dict[str, Callable[[Budget], bool]] = {
     "grouped queries": lambda e: {"q", "k"} <= e[0].keys() and e[0]["k"][0] < e[0]["q"][0],
     "a single matrix": lambda e: len(e[0]) == 1,
-    "all four": lambda e: len(e[0]) == 4,
+    "all of the attention": lambda e: e[0].keys() == set("qkvo"),
+    "q and k joint": lambda e: "qk" in e[0] and "v" in e[0],
+    "the FFN alone": lambda e: e[0].keys() == {"gate", "up", "down"},
+    "attention and FFN": lambda e: "v" in e[0] and "down" in e[0],
     "surplus handed on": surplus,
     "surplus overflows again": overflows_twice,
-    "rank 0": lambda e: 0 in mha_ranks(*e, nested=True).values(),
+    "rank 0": lambda e: 0 in ranks(*e, nested=True).values(),
 }
 
 

@@ -103,7 +103,7 @@ def compress_mha(
     """
     inputs = {"q": trace.attention, "k": trace.attention, "v": trace.attention, "o": trace.o}
     shapes = {m: layer[f"{name}.weight"].shape for m, name in MHA.items()}
-    ranks = budget.mha_ranks(
+    ranks = budget.ranks(
         {m: (shape[0], shape[1]) for m, shape in shapes.items()},
         settings.layer_ratio,
         settings.a,

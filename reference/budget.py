@@ -78,20 +78,18 @@ def authors_ranks(d: int, s: float, a: int) -> dict[str, int | None]:
     return {"q": k_min, "k": k_min, "v": k_max, "o": k_max}
 
 
-def mha_ranks(
-    shapes: Mapping[str, Shape], s: float, a: float, nested: bool
-) -> dict[str, int | None]:
-    """Ranks of q, k, v, o of any shapes; None stands for dense. Section 3.2, App. C.1.
+def ranks(shapes: Mapping[str, Shape], s: float, a: float, nested: bool) -> dict[str, int | None]:
+    """Ranks of matrices of any shapes; None stands for dense. Section 3.2, App. C.1.
 
-    v and o weigh ``a``, q and k weigh 1. With ``N`` the dense parameters of all and ``W`` their
+    v and o weigh ``a``, all others weigh 1. With ``N`` the dense parameters of all and ``W`` their
     weighted sum, matrix m is due ``p * b_m * (w_m * N / W)`` ranks, b_m its break-even rank. Those
     due b_m or more stay dense; the rest of the budget, ``p * N`` less what the dense ones hold,
     goes to the others by the same weights, until none is due its b_m any more.
 
     Parameters
     ----------
-    shapes : mapping from {"q", "k", "v", "o"} to (d_out, d_in)
-        The matrices that take part.
+    shapes : mapping from {"q", "k", "qk", "v", "o", "gate", "up", "down"} to (d_out, d_in)
+        The matrices that take part; ``qk`` is q on top of k, factored as one matrix.
     s : float
         Layer ratio, the share removed.
     a : float

@@ -905,15 +905,15 @@ def test_break_even_rank(side: Side) -> None:
     ],
 )
 def test_the_authors_ranks(side: Side, d: int, s: float, qk: int, vo: int | None) -> None:
-    ranks = side("budget.mha_ranks", dict.fromkeys("qkvo", (d, d)), s, 3, True)
+    ranks = side("budget.ranks", dict.fromkeys("qkvo", (d, d)), s, 3, True)
     assert ranks == {"q": qk, "k": qk, "v": vo, "o": vo}
 
 
 @pytest.mark.spec("budget.ranks")
 def test_a_single_floor_can_give_one_more(side: Side) -> None:
     shapes = dict.fromkeys("qkvo", (4096, 4096))
-    assert side("budget.mha_ranks", shapes, 0.34, 3, True)["v"] == 2026
-    assert side("budget.mha_ranks", shapes, 0.34, 3, False)["v"] == 2027
+    assert side("budget.ranks", shapes, 0.34, 3, True)["v"] == 2026
+    assert side("budget.ranks", shapes, 0.34, 3, False)["v"] == 2027
 
 
 @pytest.mark.spec("budget.ranks")
@@ -921,17 +921,44 @@ def test_ranks_of_grouped_queries_by_hand(side: Side) -> None:
     """q, o 8 x 8 (break-even 4), k, v 4 x 8 (32 / 12 ranks): N = 192, W = 64 + 32 + 96 + 192."""
     shapes = {"q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8)}
     # p = 0.5: q 0.5 * 4 * 192 / 384 = 1, k 0.67, o 3, v 2.
-    ranks = side("budget.mha_ranks", shapes, 0.5, 3, False)
+    ranks = side("budget.ranks", shapes, 0.5, 3, False)
     assert ranks == {"q": 1, "k": 0, "v": 2, "o": 3}
     # Nested, floor(0.5 * 32 / 12) = 1 comes first: v gets 1.5, k 0.5.
-    nested = side("budget.mha_ranks", shapes, 0.5, 3, True)
+    nested = side("budget.ranks", shapes, 0.5, 3, True)
     assert nested == {"q": 1, "k": 0, "v": 1, "o": 3}
+
+
+@pytest.mark.spec("budget.ranks")
+@pytest.mark.parametrize("nested", [True, False])
+def test_an_ffn_alone_gets_the_uniform_rank(side: Side, nested: bool) -> None:
+    """0.8 of LLaMA-7B's 11008 x 4096, over 15104 parameters a rank, is 2388.2; 0.5 is 1492.6."""
+    shapes = {"gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}
+    for s, rank in ((0.2, 2388), (0.5, 1492)):
+        assert side("budget.ranks", shapes, s, 3, nested) == dict.fromkeys(shapes, rank)
+
+
+@pytest.mark.spec("budget.ranks")
+def test_a_joint_matrix_weighs_what_q_and_k_do(side: Side) -> None:
+    """qk 16 x 8 (a rank: 24 parameters), v, o 8 x 8: N = 256, W = 128 + 3 * 128, so w N / W = 1/2.
+
+    p = 0.5: qk 0.5 * 128 / 24 / 2 = 1.33, v and o 0.5 * 4 * 1.5 = 3.
+    """
+    shapes = {"qk": (16, 8), "v": (8, 8), "o": (8, 8)}
+    assert side("budget.ranks", shapes, 0.5, 3, False) == {"qk": 1, "v": 3, "o": 3}
+
+
+@pytest.mark.spec("budget.ranks")
+def test_all_but_v_and_o_weigh_one(side: Side) -> None:
+    """Seven of 60 x 60, W = 11 * 3600: 30 p * 7 / 11 ranks each, and v and o three times that."""
+    shapes = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), (60, 60))
+    ranks = side("budget.ranks", shapes, 0.6, 3, False)
+    assert ranks == {m: 22 if m in "vo" else 7 for m in shapes}
 
 
 @pytest.mark.spec("budget.overflow")
 def test_the_surplus_is_handed_on(side: Side) -> None:
     """p = 0.75 of four 100 x 100: v and o are due 56 of 50 and stay dense; q and k get the rest."""
-    ranks = side("budget.mha_ranks", dict.fromkeys("qkvo", (100, 100)), 0.25, 3, True)
+    ranks = side("budget.ranks", dict.fromkeys("qkvo", (100, 100)), 0.25, 3, True)
     assert ranks == {"q": 25, "k": 25, "v": None, "o": None}
 
 
@@ -939,7 +966,7 @@ def test_the_surplus_is_handed_on(side: Side) -> None:
 def test_all_of_the_surplus_goes_to_a_single_matrix(side: Side) -> None:
     """2.7 dense matrices in all, 2 of them v and o: 0.7 of q, 35 ranks of 50."""
     shapes = {"q": (100, 100), "v": (100, 100), "o": (100, 100)}
-    ranks = side("budget.mha_ranks", shapes, 0.1, 4, False)
+    ranks = side("budget.ranks", shapes, 0.1, 4, False)
     assert ranks == {"q": 35, "v": None, "o": None}
 
 
@@ -951,7 +978,7 @@ def test_the_surplus_may_overflow_again(side: Side) -> None:
     0.725 * 192 - 96, is 0.45 of q and k.
     """
     shapes = {"q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8)}
-    ranks = side("budget.mha_ranks", shapes, 0.275, 3, False)
+    ranks = side("budget.ranks", shapes, 0.275, 3, False)
     assert ranks == {"q": 1, "k": 1, "v": None, "o": None}
 
 
@@ -959,7 +986,7 @@ def test_the_surplus_may_overflow_again(side: Side) -> None:
 def test_no_more_is_spent_than_the_budget_where_nothing_overflows(side: Side) -> None:
     for s, a in product((0.4, 0.5, 0.6, 0.7, 0.9), (1, 2, 3)):
         shapes = {"q": (48, 40), "k": (16, 40), "v": (16, 40), "o": (40, 48)}
-        ranks = side("budget.mha_ranks", shapes, s, a, False)
+        ranks = side("budget.ranks", shapes, s, a, False)
         if None in ranks.values():
             continue
         spent = sum(rank * sum(shapes[m]) for m, rank in ranks.items())

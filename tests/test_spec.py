@@ -342,8 +342,8 @@ def test_example_of_appendix_c1() -> None:
     square = dict.fromkeys("qkvo", (d, d))
 
     def kept_by_q(layer_ratio: float) -> float:
-        ranks = ref.budget.mha_ranks(square, layer_ratio, 3, nested=False)
-        assert ranks == ref.budget.mha_ranks(square, layer_ratio, 3, nested=True)
+        ranks = ref.budget.ranks(square, layer_ratio, 3, nested=False)
+        assert ranks == ref.budget.ranks(square, layer_ratio, 3, nested=True)
         assert ranks["v"] is ranks["o"] is None
         assert ranks["q"] is not None
         return ranks["q"] * 2 * d / d**2

@@ -9,8 +9,17 @@ from math import ceil
 
 Shape = tuple[int, int]
 
-ALLOCATION_GROUP: Mapping[str, int] = {"q": 0, "k": 0, "v": 1, "o": 1}
-"""Section 3.2: v and o (1) get `allocation` times what q and k (0) get."""
+ALLOCATION_GROUP: Mapping[str, int] = {
+    "q": 0,
+    "k": 0,
+    "qk": 0,
+    "v": 1,
+    "o": 1,
+    "gate": 0,
+    "up": 0,
+    "down": 0,
+}
+"""Section 3.2: v and o (1) get `allocation` times what q and k (0) get, or any other matrix."""
 
 
 def layer_ratio(total: int, layers: int, layer: int, ratio: float) -> float:
@@ -54,10 +63,10 @@ def break_even_rank(shape: Shape) -> float:
     return d_out * d_in / (d_out + d_in)
 
 
-def mha_ranks(
+def ranks(
     shapes: Mapping[str, Shape], ratio: float, allocation: float, nested: bool
 ) -> dict[str, int | None]:
-    """Ranks of the attention's matrices; None stands for dense. Section 3.2, App. C.1.
+    """Ranks of matrices that share a budget; None stands for dense. Section 3.2, App. C.1.
 
     Each matrix is due the share of the retained parameters that its group's weight gives it. Those
     due their break-even rank or more stay dense and hand their surplus to the others by the same
@@ -65,12 +74,13 @@ def mha_ranks(
 
     Parameters
     ----------
-    shapes : mapping from {"q", "k", "v", "o"} to (d_out, d_in)
-        The matrices that take part, in any number.
+    shapes : mapping from {"q", "k", "qk", "v", "o", "gate", "up", "down"} to (d_out, d_in)
+        The matrices that take part, in any number. ``qk`` is the stack of q and k by rows, which
+        are then factored together.
     ratio : float
         Layer ratio, the share removed.
     allocation : float
-        Weight of v and o against that of q and k, 3 in the paper.
+        Weight of v and o against that of the others, 3 in the paper.
     nested : bool
         Floor the uniform rank before the weight is applied, as the authors do (layer scope).
 
@@ -88,19 +98,19 @@ def mha_ranks(
     weights = {name: allocation if ALLOCATION_GROUP[name] else 1 for name in shapes}
     total = sum(sizes.values())
     weighted = sum(weights[name] * sizes[name] for name in shapes)
-    ranks: dict[str, int | None] = {}
+    rank: dict[str, int | None] = {}
     due: dict[str, float] = {}
     for name, shape in shapes.items():
         uniform = retained * break_even_rank(shape)
         share = (int(uniform) if nested else uniform) * (weights[name] * total) / weighted
-        ranks[name] = due[name] = int(share)
+        rank[name] = due[name] = int(share)
 
     while True:
         overflowing = [name for name in due if due[name] >= break_even_rank(shapes[name])]
         if not overflowing:
-            return ranks
+            return rank
         for name in overflowing:
-            ranks[name] = None
+            rank[name] = None
             del due[name]
         if len({weights[name] for name in due}) == 1:
             weights.update(dict.fromkeys(due, 1))
@@ -111,7 +121,7 @@ def mha_ranks(
             kept = retained * (total * weights[name] * break_even / weighted)
             lost = held * weights[name] * break_even / weighted
             due[name] = kept - lost
-            ranks[name] = min(int(kept) - int(lost), ceil(break_even) - 1)
+            rank[name] = min(int(kept) - int(lost), ceil(break_even) - 1)
 
 
 def removed_band(width: int, ratio: float, least_important: float) -> tuple[int, int]:
