@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 
 import lorap  # noqa: F401  (registers the Auto classes)
-from lorap.families import FAMILIES
-from lorap.families.modeling_lorap_llama import (
+from lorap.families import FAMILIES, modeling_file
+from lorap.families.modeling_lorap import (
     LorapLlamaConfig,
     LorapLlamaForCausalLM,
     LorapLlamaModel,
@@ -165,7 +165,7 @@ def test_the_configuration_survives_saving_and_says_the_rotary_base_in_both_spel
     again = LorapLlamaConfig.from_pretrained(tmp_path)
     assert again.lorap == config.lorap
     assert again.to_dict()["rope_theta"] == 500.0
-    assert (tmp_path / LLAMA.modeling_file.name).read_bytes() == LLAMA.modeling_file.read_bytes()
+    assert (tmp_path / modeling_file().name).read_bytes() == modeling_file().read_bytes()
 
 
 def test_scaled_rotary_embeddings_are_written_in_both_spellings(tmp_path: Path) -> None:
