@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from lorap.families import FAMILIES
+from lorap.families import FAMILIES, MODELING_MODULE
 
 if TYPE_CHECKING:
     from lorap.config import CompressionConfig
@@ -56,12 +56,11 @@ def __dir__() -> list[str]:
 
 
 def _import_models(_: ModuleType) -> None:
-    for family in FAMILIES.values():
-        importlib.import_module(family.modeling_module)
+    importlib.import_module(MODELING_MODULE)
 
 
 # Two steps, since either module may be the first one imported: the classes are registered once
 # their module is complete, and transformers only causes it to be imported.
 for _family in FAMILIES.values():
-    wrapt.register_post_import_hook(_family.register, _family.modeling_module)
+    wrapt.register_post_import_hook(_family.register, MODELING_MODULE)
 wrapt.register_post_import_hook(_import_models, "transformers")

@@ -426,7 +426,7 @@ def _embed(
         },
         assign=True,
     )
-    _make_rotary_(base, device)
+    _make_buffers_(base, device)
     base.train(False)
     batches = []
     size = config.batch_size or max(1, TOKENS_PER_BATCH // input_ids.shape[1])
@@ -440,10 +440,16 @@ def _embed(
     return batches
 
 
-def _make_rotary_(base: Any, device: torch.device) -> None:
-    """Compute the rotary frequencies of a model built on the meta device: it has none."""
+def _make_buffers_(base: Any, device: torch.device) -> None:
+    """Compute the buffers of a model built on the meta device, of which no checkpoint holds any."""
     with torch.device(device):
-        base.rotary_emb = type(base.rotary_emb)(config=base.config)
+        for name, module in list(base.named_modules()):
+            if name.startswith("rotary_emb"):
+                setattr(base, name, type(module)(config=module.config))
+            elif hasattr(module, "embed_scale"):
+                # Gemma's embedding; the square root is the same in all its versions.
+                module.embed_scale = torch.tensor(base.config.hidden_size**0.5)
+    assert not any(buffer.is_meta for buffer in base.buffers())
 
 
 def _build_layer(
@@ -454,7 +460,7 @@ def _build_layer(
     dtype: torch.dtype,
 ) -> nn.Module:
     with torch.device("meta"):
-        layer = family.layer_class(config, index)
+        layer = family.decoder_layer(config, index)
     layer.load_state_dict({name: t.to(dtype) for name, t in tensors.items()}, assign=True)
     layer.train(False)
     return layer
@@ -694,7 +700,7 @@ def _assemble(
         compressed = family.model_class(config)
     compressed.load_state_dict(tensors, assign=True)
     compressed.tie_weights()
-    _make_rotary_(compressed.base_model, model.device)
+    _make_buffers_(compressed.base_model, model.device)
     compressed.generation_config = copy.deepcopy(model.generation_config)
     compressed.requires_grad_(True)
     compressed.train(False)

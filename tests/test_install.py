@@ -60,7 +60,7 @@ plan = lorap.plan_checkpoint(str(lorap.demo.MODEL), lorap.CompressionConfig(rati
 assert plan.parameters_before == record["parameters"]
 assert lorap.demo.CALIBRATION.is_file() and lorap.demo.HELDOUT.is_file()
 from transformers import AutoConfig
-assert type(AutoConfig.for_model("lorap_llama")).__module__ == "lorap.families.modeling_lorap_llama"
+assert type(AutoConfig.for_model("lorap_llama")).__module__ == "lorap.families.modeling_lorap"
 """
     done = subprocess.run(
         [sys.executable, "-I", "-c", code],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -15,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 
 import lorap  # noqa: F401  (registers the Auto classes)
-from lorap.families import FAMILIES
-from lorap.families.modeling_lorap_llama import (
+from lorap.families import FAMILIES, modeling_file
+from lorap.families.modeling_lorap import (
     LorapLlamaConfig,
     LorapLlamaForCausalLM,
     LorapLlamaModel,
@@ -24,20 +25,25 @@ from lorap.families.modeling_lorap_llama import (
 )
 from tests.tiny_models import (
     VARIANTS,
+    multiplied_out,
     randomise_,
     tiny_config,
     tiny_model,
     tiny_structure,
     token_ids,
+    varied_structure,
 )
 
 LLAMA = FAMILIES["llama"]
 
 
 def compressed_model(
-    seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    structure: list[dict[str, Any]] | None = None,
+    **overrides: Any,
 ) -> LorapLlamaForCausalLM:
-    config = LLAMA.compressed_config(tiny_config(**overrides), tiny_structure())
+    config = LLAMA.compressed_config(tiny_config(**overrides), structure or tiny_structure())
     model = LorapLlamaForCausalLM(config)
     randomise_(model, seed, dtype)
     return model.eval()
@@ -94,27 +100,75 @@ def test_without_structure_it_computes_what_llama_computes(variant: str) -> None
     assert torch.equal(logits(dense), logits(original))
 
 
-def test_narrow_and_factored_modules_compute_what_they_stand_for() -> None:
-    compressed = compressed_model(seed=4, attention_bias=True)
-    dense = tiny_model(attention_bias=True)
-    state = {}
-    for name, tensor in compressed.state_dict().items():
-        if name.endswith(".right.weight"):
-            continue
-        if ".left." in name:
-            name = name.replace(".left.", ".")
-            if name.endswith(".weight"):
-                tensor = (
-                    tensor @ compressed.state_dict()[name.removesuffix("weight") + "right.weight"]
-                )
-        expected = dense.state_dict()[name].shape
-        if tensor.shape != expected:
-            padded = torch.zeros(expected)
-            padded[: tensor.shape[0], : tensor.shape[1]] = tensor
-            tensor = padded
-        state[name] = tensor
-    dense.load_state_dict(state)
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("structure", [tiny_structure(), varied_structure()])
+@pytest.mark.parametrize("variant", ["gqa", "biased"])
+def test_every_structure_computes_what_it_stands_for(
+    variant: str, structure: list[dict[str, Any]], kernel: str
+) -> None:
+    settings = VARIANTS[variant] | {"attn_implementation": kernel}
+    compressed = compressed_model(4, structure=structure, **settings)
+    dense = tiny_model(**settings | {"attention_bias": True, "mlp_bias": True})
+    dense.load_state_dict(multiplied_out(compressed.state_dict(), dense.state_dict()))
     torch.testing.assert_close(logits(compressed), logits(dense), rtol=1e-4, atol=1e-4)
+
+
+def test_q_and_k_share_a_right_factor_that_is_applied_once() -> None:
+    model = compressed_model(structure=varied_structure(), **VARIANTS["gqa"])
+    attention = model.model.layers[0].self_attn
+    keys = {name for name in attention.state_dict() if ".v_" not in name and ".o_" not in name}
+    assert {name for name in keys if name.startswith(("q", "k"))} == {
+        "qk_right.weight",
+        *(f"{name}.left.{kind}" for name in ("q_proj", "k_proj") for kind in ("weight", "bias")),
+    }
+    assert attention.qk_right.weight.shape == (9, 32)
+    assert attention.q_proj.left.weight.shape == (32, 9)
+    assert attention.k_proj.left.weight.shape == (16, 9)
+    calls: list[torch.Tensor] = []
+    attention.qk_right.register_forward_hook(lambda *args: calls.append(args[-1]))
+    before = logits(model)
+    assert len(calls) == 1
+    # Each is a module that can be called on its own, and follows a replaced factor.
+    hidden = torch.randn(2, 5, 32)
+    for projection in (attention.q_proj, attention.k_proj):
+        expected = projection.left(hidden @ attention.qk_right.weight.T)
+        torch.testing.assert_close(projection(hidden), expected)
+    assert len(calls) == 3
+    attention.qk_right = torch.nn.Linear(32, 9, bias=False)
+    assert not torch.equal(logits(model), before)
+
+
+def test_a_copy_has_a_shared_factor_of_its_own() -> None:
+    model = compressed_model(structure=varied_structure(), **VARIANTS["gqa"])
+    before = logits(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in model.model.layers[::2]:
+            layer.self_attn.qk_right.weight.zero_()
+    assert torch.equal(logits(copied), before)
+    assert not torch.equal(logits(model), before)
+
+
+def test_layers_have_their_own_numbers_of_heads() -> None:
+    model = compressed_model(structure=varied_structure(), **VARIANTS["gqa"])
+    attention = model.model.layers[1].self_attn
+    shapes = [getattr(attention, f"{role}_proj").weight.shape for role in ("q", "k", "v", "o")]
+    assert shapes == [(16, 32), (8, 32), (8, 32), (32, 16)]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model(token_ids(), output_attentions=True, use_cache=True)
+    assert [item.shape[1] for item in output.attentions] == [4, 2, 4]
+    assert [layer.keys.shape[1] for layer in output.past_key_values.layers] == [2, 1, 2]
+
+
+def test_only_layers_with_factored_q_k_or_v_have_another_type_of_attention() -> None:
+    # vLLM's Transformers backend decides once per type whether it fuses q, k and v.
+    structure: list[dict[str, Any]] = [{"self_attn.o_proj": {"rank": 3}, "mlp": {"width": 5}}]
+    structure += [{"self_attn.v_proj": {"rank": 3}}, {"self_attn": {"kv_heads": 1}}]
+    model = compressed_model(structure=structure, **VARIANTS["gqa"])
+    types = [type(layer.self_attn).__name__ for layer in model.model.layers]
+    assert types == ["LlamaAttention", "LorapLlamaAttention", "LlamaAttention"]
+    assert isinstance(model.model.layers[1].self_attn, type(model.model.layers[0].self_attn))
 
 
 # Configuration
@@ -130,6 +184,24 @@ def test_narrow_and_factored_modules_compute_what_they_stand_for() -> None:
         ([{"self_attn.q_proj": {"rank": 2.0}}, {}, {}], "rank from 1 to 32, got 2.0"),
         ([{"self_attn.q_proj": {"width": 2}}, {}, {}], "expected {'rank': number}"),
         ([{}, {}, {"mlp": {"width": 49}}], "width from 1 to 48, got 49"),
+        ([{}, {"self_attn": {"kv_heads": 3}}, {}], "kv_heads from 1 to 2, got 3"),
+        ([{}, {"self_attn": {"rank": 3}}, {}], "expected {'kv_heads': number}, got"),
+        ([{"mlp.up_proj": {"rank": 33}}, {}, {}], "rank from 1 to 32, got 33"),
+        ([{"mlp": {"width": 7}, "mlp.up_proj": {"rank": 8}}, {}, {}], "from 1 to 7, got 8"),
+        ([{"self_attn.qk_proj": {"rank": 33}}, {}, {}], "rank from 1 to 32, got 33"),
+        ([{"self_attn.qk_proj": {"bias": True}}, {}, {}], "expected {'rank': number}, with"),
+        ([{"self_attn.q_proj": {"bias": False}}, {}, {}], "expected True for 'bias', got False"),
+        ([{"self_attn.q_proj": {"rank": 3, "x": 1}}, {}, {}], "or {'bias': True}, got"),
+        ([{"self_attn.q_proj": {}}, {}, {}], "expected {'rank': number}"),
+        ([{"self_attn.q_proj": 3}, {}, {}], "expected {'rank': number}.*got 3"),
+        (
+            [{"self_attn.qk_proj": {"rank": 3}, "self_attn.k_proj": {"bias": True}}, {}, {}],
+            "expected self_attn.qk_proj or self_attn.k_proj, got both",
+        ),
+        (
+            [{"self_attn": {"kv_heads": 1}, "self_attn.v_proj": {"rank": 3}}, {}, {}],
+            "expected kv_heads or a rank of self_attn.v_proj, got both",
+        ),
         ([3, {}, {}], "one mapping per decoder layer"),
         ("q_proj", "expected a list"),
     ],
@@ -165,7 +237,7 @@ def test_the_configuration_survives_saving_and_says_the_rotary_base_in_both_spel
     again = LorapLlamaConfig.from_pretrained(tmp_path)
     assert again.lorap == config.lorap
     assert again.to_dict()["rope_theta"] == 500.0
-    assert (tmp_path / LLAMA.modeling_file.name).read_bytes() == LLAMA.modeling_file.read_bytes()
+    assert (tmp_path / modeling_file().name).read_bytes() == modeling_file().read_bytes()
 
 
 def test_scaled_rotary_embeddings_are_written_in_both_spellings(tmp_path: Path) -> None:
@@ -198,10 +270,19 @@ def tiny_frequencies(config: Any, like: torch.nn.Module) -> torch.Tensor:
 # Loading
 
 
+STRUCTURES = {name: tiny_structure() for name in VARIANTS} | {"varied": varied_structure()}
+"""A structure for each variant; "varied" is a variant with grouped heads."""
+
+
+def variant_model(variant: str, seed: int, **settings: Any) -> LorapLlamaForCausalLM:
+    overrides = VARIANTS["gqa" if variant == "varied" else variant]
+    return compressed_model(seed, structure=STRUCTURES[variant], **settings, **overrides)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", STRUCTURES)
 def test_reloaded_logits_are_equal(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = compressed_model(seed=1, dtype=dtype, **VARIANTS[variant])
+    model = variant_model(variant, seed=1, dtype=dtype)
     model.save_pretrained(tmp_path)
     reloaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=dtype, output_loading_info=True
@@ -292,18 +373,19 @@ def test_automatic_device_map_gives_equal_logits(tmp_path: Path) -> None:
     torch.testing.assert_close(found, logits(model))
 
 
-def test_layers_can_be_offloaded_to_disk(tmp_path: Path) -> None:
-    model = compressed_model(seed=6)
+@pytest.mark.parametrize("variant", ["gqa", "varied"])
+def test_layers_can_be_offloaded_to_disk(variant: str, tmp_path: Path) -> None:
+    model = variant_model(variant, seed=6)
     model.save_pretrained(tmp_path)
     device_map: dict[str, str] = dict.fromkeys(
-        ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"),
+        ("model.embed_tokens", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head"),
         "cpu",
     )
-    device_map |= {"model.layers.1": "disk", "model.layers.2": "disk"}
+    device_map |= {"model.layers.0": "disk", "model.layers.1": "disk"}
     mapped = AutoModelForCausalLM.from_pretrained(
         tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
     )
-    assert mapped.model.layers[1].self_attn.q_proj.right.weight.device.type == "meta"
+    assert {item.device.type for item in mapped.model.layers[0].parameters()} == {"meta"}
     assert torch.equal(logits(mapped), logits(model))
 
 
@@ -348,16 +430,17 @@ def generate(model: torch.nn.Module, **options: Any) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", STRUCTURES)
 def test_generation_with_the_cache_equals_generation_without(variant: str) -> None:
-    model = compressed_model(seed=7, **VARIANTS[variant])
+    model = variant_model(variant, seed=7)
     cached = generate(model)
     assert cached.shape[1] > token_ids().shape[1]
     assert torch.equal(cached, generate(model, use_cache=False))
 
 
-def test_a_static_cache_gives_the_logits_of_a_plain_forward() -> None:
-    model = compressed_model(seed=8, **VARIANTS["gqa"])
+@pytest.mark.parametrize("variant", ["gqa", "varied"])
+def test_a_static_cache_gives_the_logits_of_a_plain_forward(variant: str) -> None:
+    model = variant_model(variant, seed=8)
     ids = token_ids()
     cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
@@ -366,8 +449,9 @@ def test_a_static_cache_gives_the_logits_of_a_plain_forward() -> None:
     torch.testing.assert_close(last[:, 0], logits(model)[:, -1], rtol=1e-4, atol=1e-4)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
-    model = compressed_model(seed=9)
+@pytest.mark.parametrize("variant", ["gqa", "varied"])
+def test_gradient_checkpointing_gives_the_same_gradients(variant: str) -> None:
+    model = variant_model(variant, seed=9)
     ids = token_ids()
     gradients = []
     for checkpointing in (False, True):
@@ -380,7 +464,8 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         model.train()
         model.zero_grad()
         model(ids, labels=ids, use_cache=False).loss.backward()
-        weight = model.model.layers[0].self_attn.q_proj.right.weight
+        attention = model.model.layers[0].self_attn
+        weight = (attention.qk_right or attention.q_proj.right).weight
         assert weight.grad is not None
         gradients.append(weight.grad.clone())
     assert bool(gradients[0].abs().max() > 0)

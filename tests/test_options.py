@@ -238,7 +238,7 @@ def layer_inputs(bench: Bench, *words: object) -> list[Tensor]:
     seen: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if type(module).__name__ == "LorapLlamaDecoderLayer":
+        if type(module).__name__ == "LlamaDecoderLayer":
             seen.append(args[0])
 
     handle = register_module_forward_pre_hook(look)

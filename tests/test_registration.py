@@ -12,8 +12,8 @@ import pytest
 
 import lorap
 from lorap.errors import UsageError
-from lorap.families import FAMILIES, family_of
-from lorap.families.modeling_lorap_llama import LorapLlamaConfig, LorapLlamaForCausalLM
+from lorap.families import FAMILIES, MODELING_MODULE, family_of, modeling_file
+from lorap.families.modeling_lorap import LorapLlamaConfig, LorapLlamaForCausalLM
 from tests.tiny_models import tiny_config, tiny_structure
 
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub")
@@ -68,19 +68,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "import lorap; from transformers.models.llama import LlamaForCausalLM; "
         "from transformers import AutoModelForCausalLM as auto",
         "import lorap; from transformers.models.auto.modeling_auto import AutoModel as auto",
-        "import lorap.families.modeling_lorap_llama; from transformers import AutoModel as auto",
+        "import lorap.families.modeling_lorap; from transformers import AutoModel as auto",
     ],
 )
 def test_auto_classes_load_in_every_order_of_imports(imports: str, checkpoint: Path) -> None:
     kind = run_python(f"{imports}; print(type(auto.from_pretrained({str(checkpoint)!r})))")
-    assert kind.startswith("<class 'lorap.families.modeling_lorap_llama.LorapLlama")
+    assert kind.startswith("<class 'lorap.families.modeling_lorap.LorapLlama")
 
 
 def test_registering_again_changes_nothing() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family = FAMILIES["llama"]
-    family.register(sys.modules[family.modeling_module])
+    family.register(sys.modules[MODELING_MODULE])
     config = AutoConfig.for_model("lorap_llama")
     assert type(config) is LorapLlamaConfig
     assert AutoModelForCausalLM._model_mapping[LorapLlamaConfig] is LorapLlamaForCausalLM
@@ -115,7 +115,7 @@ def test_the_names_of_a_family_are_those_of_its_tensors() -> None:
     for module in (*family.attention.values(), *family.ffn.values()):
         assert f"{family.layers_path}.2.{module}.weight" in shapes
     assert all(module.startswith(f"{family.ffn_block}.") for module in family.ffn.values())
-    assert family.modeling_file.is_file()
+    assert modeling_file().is_file()
 
 
 def test_the_compressed_configuration_keeps_the_fields_of_the_original() -> None:

@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,53 @@ def tiny_structure(layers: int = 3) -> list[dict[str, dict[str, int]]]:
         for index in range(layers - 1)
     ]
     return [*structure, {}]
+
+
+def varied_structure() -> list[dict[str, dict[str, Any]]]:
+    """Return every kind of entry, over three layers of at least two key-value heads."""
+    return [
+        {
+            "self_attn.qk_proj": {"rank": 9, "bias": True},
+            "self_attn.v_proj": {"rank": 6, "bias": True},
+            "mlp": {"width": 29},
+            "mlp.down_proj": {"bias": True},
+        },
+        {
+            "self_attn": {"kv_heads": 1},
+            "self_attn.o_proj": {"bias": True},
+            "mlp.gate_proj": {"rank": 5},
+            "mlp.up_proj": {"rank": 6, "bias": True},
+            "mlp.down_proj": {"rank": 4, "bias": True},
+        },
+        {
+            "self_attn.qk_proj": {"rank": 8},
+            "self_attn.o_proj": {"rank": 11},
+            "mlp": {"width": 20},
+            "mlp.up_proj": {"rank": 3},
+        },
+    ]
+
+
+def multiplied_out(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the dense model that computes the same as a compressed one.
+
+    Factors are multiplied out; channels and heads that are gone, and biases that a linear has not,
+    are zero. `like` are tensors of the shapes wanted.
+    """
+    dense = {}
+    for name, tensor in like.items():
+        linear, _, kind = name.rpartition(".")
+        found = state.get(name, state.get(f"{linear}.left.{kind}"))
+        if kind == "weight" and name not in state:
+            block = linear.rpartition(".")[0]
+            right = state.get(f"{linear}.right.weight", state.get(f"{block}.qk_right.weight"))
+            assert found is not None
+            assert right is not None
+            found = found @ right
+        dense[name] = torch.zeros_like(tensor)
+        if found is not None:
+            dense[name][tuple(slice(size) for size in found.shape)] = found
+    return dense
 
 
 def token_ids(rows: int = 2, length: int = 11, seed: int = 0) -> Tensor:

@@ -84,7 +84,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/{name}")
 ```
 
 Without it, `from_pretrained(..., dtype="auto", trust_remote_code=True)` loads the classes from
-`modeling_lorap_llama.py` in this folder; the file imports torch and transformers only.
+`modeling_lorap.py` in this folder; the file imports torch and transformers only.
 
 ## How it was made
 

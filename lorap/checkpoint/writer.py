@@ -33,7 +33,7 @@ from lorap.checkpoint.files import (
     side_files,
 )
 from lorap.errors import LorapError, UsageError
-from lorap.families import FAMILIES, Family
+from lorap.families import FAMILIES, Family, modeling_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -49,7 +49,7 @@ _OWN_FILES = (
     WEIGHTS,
     "model-[0-9]*-of-[0-9]*.safetensors",
     INDEX,
-    *(family.modeling_file.name for family in FAMILIES.values()),
+    "modeling_lorap*.py",
     REPORT,
     CALIBRATION,
     STATISTICS,
@@ -309,7 +309,7 @@ class CheckpointWriter:
         if config.dtype is None:
             config.dtype = next(iter(written.values())).dtype
         self.write_text(CONFIG, config.to_json_string(use_diff=True))
-        self._write_bytes(family.modeling_file.name, family.modeling_file.read_bytes())
+        self._write_bytes(modeling_file().name, modeling_file().read_bytes())
 
     def _name_shards(self) -> None:
         count = len(self._shards)

@@ -7,13 +7,20 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lorap.errors import UsageError
-from lorap.families.base import Family, LayerStructure
+from lorap.families.base import MODELING_MODULE, Family, LayerStructure, modeling_file
 from lorap.families.llama import LLAMA
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["FAMILIES", "Family", "LayerStructure", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "MODELING_MODULE",
+    "Family",
+    "LayerStructure",
+    "family_of",
+    "modeling_file",
+]
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {family.model_type: family for family in (LLAMA,)}

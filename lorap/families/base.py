@@ -6,9 +6,9 @@ import copy
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,10 +18,25 @@ if TYPE_CHECKING:
 LayerStructure = Mapping[str, Mapping[str, int]]
 """What a layer's modules become: ``{"self_attn.q_proj": {"rank": 12}, "mlp": {"width": 100}}``."""
 
+MODELING_MODULE = "lorap.families.modeling_lorap"
+"""Module with the classes of all compressed forms, shipped in every checkpoint."""
+
+ATTENTION = MappingProxyType({role: f"self_attn.{role}_proj" for role in ("q", "k", "v", "o")})
+FFN = MappingProxyType({role: f"mlp.{role}_proj" for role in ("gate", "up", "down")})
+"""Names of the linears where none are fused."""
+
 # Fields of a configuration that belong to its class or to the file it came from.
 _OWN_FIELDS = frozenset(
     {"_name_or_path", "architectures", "auto_map", "lorap", "model_type", "transformers_version"}
 )
+
+
+def modeling_file() -> Path:
+    """Return the file of ``MODELING_MODULE``, which a checkpoint carries."""
+    spec = importlib.util.find_spec(MODELING_MODULE)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"expected a module {MODELING_MODULE}")
+    return Path(spec.origin)
 
 
 @dataclass(frozen=True)
@@ -32,16 +47,14 @@ class Family:
     ----------
     model_type : str
         As in the original's ``config.json``; the compressed form is ``lorap_{model_type}``.
-    modeling_module : str
-        Module with the classes of the compressed form, shipped in every checkpoint.
     class_prefix : str
-        Prefix of these classes: ``Config``, ``Model``, ``ForCausalLM`` and ``DecoderLayer`` follow.
+        Prefix of the compressed form's classes: ``Config``, ``Model`` and ``ForCausalLM`` follow.
     attention : mapping
         Role (``q``, ``k``, ``v``, ``o``) to the module's name in a decoder layer.
     ffn : mapping
         Role (``gate``, ``up``, ``down``) to the module's name in a decoder layer.
-    ffn_block : str
-        Name of the feed-forward block in a decoder layer.
+    attention_block, ffn_block : str
+        Names of the two blocks in a decoder layer.
     layers_path : str
         Prefix of the decoder layers in the names of the checkpoint's tensors.
     embedding, head : str
@@ -49,14 +62,14 @@ class Family:
     """
 
     model_type: str
-    modeling_module: str
     class_prefix: str
-    attention: Mapping[str, str]
-    ffn: Mapping[str, str]
-    ffn_block: str
-    layers_path: str
-    embedding: str
-    head: str
+    attention: Mapping[str, str] = field(default_factory=lambda: ATTENTION)
+    ffn: Mapping[str, str] = field(default_factory=lambda: FFN)
+    attention_block: str = "self_attn"
+    ffn_block: str = "mlp"
+    layers_path: str = "model.layers"
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
 
     @property
     def compressed_type(self) -> str:
@@ -67,14 +80,6 @@ class Family:
     def base_prefix(self) -> str:
         """Prefix of the names of all tensors but the head's, with its dot."""
         return f"{self.layers_path.split('.')[0]}."
-
-    @property
-    def modeling_file(self) -> Path:
-        """The file that a checkpoint carries."""
-        spec = importlib.util.find_spec(self.modeling_module)
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"expected a module {self.modeling_module}")
-        return Path(spec.origin)
 
     @property
     def config_class(self) -> type[PretrainedConfig]:
@@ -94,11 +99,11 @@ class Family:
         found: type[PreTrainedModel] = self._class("ForCausalLM")
         return found
 
-    @property
-    def layer_class(self) -> type[torch.nn.Module]:
-        """A decoder layer, called with ``(config, layer_idx)``."""
-        found: type[torch.nn.Module] = self._class("DecoderLayer")
-        return found
+    def decoder_layer(self, config: PretrainedConfig, index: int) -> torch.nn.Module:
+        """Return a decoder layer of the compressed form (``lorap=None``: of the dense one)."""
+        base_class: Any = self.base_class
+        layer: torch.nn.Module = base_class.decoder_layer(config, index)
+        return layer
 
     def compressed_config(
         self, config: PretrainedConfig, layers: Sequence[LayerStructure] | None
@@ -159,7 +164,7 @@ class Family:
         Parameters
         ----------
         module : ModuleType
-            The complete ``modeling_module``, as a post-import hook receives it.
+            The complete ``MODELING_MODULE``, as a post-import hook receives it.
         """
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -172,7 +177,7 @@ class Family:
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
     def _module(self) -> ModuleType:
-        return importlib.import_module(self.modeling_module)
+        return importlib.import_module(MODELING_MODULE)
 
     def _class(self, suffix: str) -> Any:
         return getattr(self._module(), self.class_prefix + suffix)
