@@ -1,4 +1,4 @@
-"""The families of models that lorap compresses, one module each."""
+"""The families of models that lorap compresses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorap.errors import UsageError
 from lorap.families.base import MODELING_MODULE, Family, LayerStructure, modeling_file
-from lorap.families.llama import LLAMA
+from lorap.families.decoders import DECODERS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {family.model_type: family for family in (LLAMA,)}
+    {family.model_type: family for family in DECODERS}
 )
 
 
