@@ -24,7 +24,8 @@ from transformers import (
 )
 
 import lorap
-from lorap import CompressionConfig, pipeline
+from lorap import CompressionConfig, UsageError, pipeline
+from lorap.audit import audit
 from lorap.families import FAMILIES, Family, modeling_lorap
 from lorap.families.base import JOINT
 from lorap.families.fused import join, split
@@ -364,6 +365,17 @@ class TestCompression:
         assert {item.device.type for item in mapped.model.layers[0].parameters()} == {"meta"}
         assert torch.equal(logits(mapped), logits(written.in_memory))
 
+    def test_the_audit_says_what_its_reference_does_not_know(self, written: Written) -> None:
+        original, family = written.folder.parent / "original", written.family
+        if family.model_type == "llama":
+            assert audit(original, written.folder).passed
+            return
+        message = f"forward of llama, mistral, qwen2, not that of {family.model_type}"
+        if family.plain_forward:
+            message = "of 6 tokens, is shorter than the samples of 16"
+        with pytest.raises(UsageError, match=message):
+            audit(original, written.folder)
+
     def test_what_a_layer_keeps_dense_stays_as_it_was(self, written: Written) -> None:
         config = CompressionConfig(ratio=0.1, sublayers=("ffn",))
         compressed = lorap.compress(written.original, config, calibration=IDS).state_dict()
@@ -371,6 +383,30 @@ class TestCompression:
             if ".mlp." not in name:
                 assert torch.equal(compressed[name], tensor)
         assert set(compressed) == set(written.original.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("mistral", {"sliding_window": 16}),
+        ("mistral", {"sliding_window": None, "head_dim": 16}),
+        ("qwen2", {"sliding_window": 16}),
+        ("qwen2", {"use_sliding_window": False, "layer_types": ["full_attention"] * 3}),
+    ],
+)
+def test_the_audit_passes_where_its_reference_knows_the_forward(
+    model_type: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny_family_model(model_type, **fields).save_pretrained(tmp_path / "original")
+    np.save(tmp_path / "ids.npy", IDS.numpy())
+    lorap.compress_checkpoint(
+        tmp_path / "original",
+        tmp_path / "out",
+        CompressionConfig(ratio=RATIO, samples=8, seqlen=16),
+        calibration=str(tmp_path / "ids.npy"),
+    )
+    result = audit(tmp_path / "original", tmp_path / "out")
+    assert result.passed, [module for module in result.modules if not module.passed]
 
 
 WITHOUT_LORAP = """
@@ -431,6 +467,69 @@ def test_all_load_and_save_where_lorap_is_not_installed(tmp_path: Path) -> None:
         assert torch.equal(results[f"{model_type}.first"], logits(model))
         assert torch.equal(results[f"{model_type}.again"], logits(model))
         assert torch.equal(results[f"{model_type}.generated"], generate(model))
+
+
+# Rotary embeddings in the spelling of either version of transformers
+
+LONG = {"short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope", "spelled"),
+    [
+        ("qwen2", {"rope_type": "default"}, {"rope_scaling": None}),
+        (
+            "mistral",
+            {"rope_type": "linear", "factor": 2.0},
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
+        (
+            "olmo2",
+            {"rope_type": "linear", "factor": 2.0},
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        ),
+        (
+            "phi3",
+            {"rope_type": "longrope", "partial_rotary_factor": 0.5, **LONG},
+            {"rope_scaling": {"type": "longrope", **LONG}, "partial_rotary_factor": 0.5},
+        ),
+        (
+            "gemma3_text",
+            {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 40.0},
+            },
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                "rope_local_base_freq": 40.0,
+            },
+        ),
+    ],
+)
+def test_both_versions_of_transformers_read_the_same_rotary_embedding(
+    model_type: str, rope: dict[str, Any], spelled: dict[str, Any], tmp_path: Path
+) -> None:
+    family = FAMILIES[model_type]
+    fields = tiny_family_model(model_type).config.to_dict()
+    for name in ("model_type", "rope_parameters", "rope_theta", *spelled):
+        fields.pop(name, None)
+    if "full_attention" not in rope:
+        rope = rope | {"rope_theta": 300.0}
+    config = family.config_class(**fields, rope_parameters=rope)
+    model = family.model_class(config)
+    randomise_(model, seed=3)
+    model.eval().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {name: written[name] for name in spelled} == spelled
+    assert written["rope_theta"] == 300.0
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    # What the other version would read alone.
+    for dropped in (["rope_parameters"], ["rope_theta", *spelled]):
+        left = {name: value for name, value in written.items() if name not in dropped}
+        if dropped == ["rope_parameters"] or "rope_parameters" in written:
+            (tmp_path / "config.json").write_text(json.dumps(left))
+            again = AutoModelForCausalLM.from_pretrained(tmp_path)
+            assert torch.equal(logits(again), logits(model))
 
 
 # Fused linears

@@ -58,5 +58,23 @@ def family_of(config: PretrainedConfig | Mapping[str, Any]) -> Family:
     if not model_type:
         raise UsageError(f"the configuration names no model_type; supported: {supported}")
     if model_type not in FAMILIES:
-        raise UsageError(f"model type {model_type} is not supported; supported: {supported}")
+        kind = _unsupported_kind(model_type, values)
+        what = f"{model_type}, {kind}," if kind else model_type
+        raise UsageError(f"model type {what} is not supported; supported: {supported}")
     return FAMILIES[model_type]
+
+
+def _unsupported_kind(model_type: str, values: Mapping[str, Any]) -> str | None:
+    """Say what a model is that is no plain decoder of text; None where nothing is known of it."""
+    from transformers.models.auto import modeling_auto
+
+    if any("experts" in name and value for name, value in values.items()):
+        return "a mixture of experts"
+    if any(f"{sense}_config" in values for sense in ("vision", "audio")):
+        return "a multimodal model"
+    seq2seq = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if values.get("is_encoder_decoder") or model_type in seq2seq:
+        return "an encoder-decoder"
+    if model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "an encoder"
+    return None

@@ -58,6 +58,8 @@ class Family:
         Role (``gate``, ``up``, ``down``) to the module's name in a decoder layer.
     prunes_heads : bool
         Whether heads can be left out: not where a norm spans all of them.
+    plain_forward : bool
+        Whether a layer computes what one of LLaMA does, so that the audit's reference covers it.
     attention_block, ffn_block : str
         Names of the two blocks in a decoder layer.
     layers_path : str
@@ -71,6 +73,7 @@ class Family:
     attention: Mapping[str, str] = field(default_factory=lambda: ATTENTION)
     ffn: Mapping[str, str] = field(default_factory=lambda: FFN)
     prunes_heads: bool = True
+    plain_forward: bool = False
     attention_block: str = "self_attn"
     ffn_block: str = "mlp"
     layers_path: str = "model.layers"

@@ -4,13 +4,13 @@ from types import MappingProxyType
 
 from lorap.families.base import ATTENTION, FFN, Family
 
-LLAMA = Family("llama", "LorapLlama")
+LLAMA = Family("llama", "LorapLlama", plain_forward=True)
 """LLaMA 1 to 3, Vicuna, and what else shares their model type."""
 
-MISTRAL = Family("mistral", "LorapMistral")
+MISTRAL = Family("mistral", "LorapMistral", plain_forward=True)
 """The same sliding window in all layers, or none."""
 
-QWEN2 = Family("qwen2", "LorapQwen2")
+QWEN2 = Family("qwen2", "LorapQwen2", plain_forward=True)
 """Biases in q, k and v, not in o."""
 
 QWEN3 = Family("qwen3", "LorapQwen3")
