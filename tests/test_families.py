@@ -535,6 +535,7 @@ def test_both_versions_of_transformers_read_the_same_rotary_embedding(
 # Fused linears
 
 
+@pytest.mark.spec("family.parts")
 def test_fused_linears_are_split_into_rows_and_joined_where_no_part_is_named() -> None:
     family, original = FAMILIES["phi3"], tiny_family_model("phi3")
     config = family.compressed_config(original.config, None)

@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-# The families other than LLaMA: grouped heads, and every trait that the code must keep right. The
+# What is particular to each family, so that every trait that the code must keep right is there. The
 # windows are shorter than the samples, and the layers of two types where the family has two.
 _SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _SLIDING["layer_types"].pop()

@@ -32,6 +32,10 @@ def split(
     dict
         Weights ``(d_out, d_in)`` and biases ``(d_out,)`` of the parts, in memory of their own, in
         the place of those of the whole; all else as it is.
+
+    Notes
+    -----
+    SPEC: ``family.parts``.
     """
     found, rows = dict(tensors), family.rows(config)
     for whole, parts in family.fused.items():
@@ -58,6 +62,10 @@ def join(
         Of the layer. A linear with a part that it names stays apart.
     tensors : mapping
         The tensors of the compressed layer, as :func:`split` names them.
+
+    Notes
+    -----
+    SPEC: ``family.parts``.
     """
     named = set(structure)
     if JOINT in structure:
