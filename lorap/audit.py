@@ -240,6 +240,8 @@ def audit(
     # What the other checks compare entry by entry has to be there, and of the right shape.
     if modules[-1].passed:
         modules += _audit_others(reader, stored)
+        if reader.outside:
+            modules.append(_audit_outside(reader, stored))
         modules += _audit_layers(
             _Context(reader, stored, record, plan, shape, _Compute(compute)), ids, chosen, progress
         )
@@ -723,6 +725,16 @@ def _audit_others(reader: CheckpointReader, stored: CheckpointReader) -> Iterato
         if not name.startswith(prefix):
             same = _same_bits("untouched", reader.load(name)[""], stored.load(name)[""])
             yield ModuleAudit(name, "as it was", (same,))
+
+
+def _audit_outside(reader: CheckpointReader, stored: CheckpointReader) -> ModuleAudit:
+    """Compare what is around the language model of a multimodal one."""
+    names = (reader.outside.keys(), stored.outside.keys())
+    checks = [_equal("names", sorted(names[0]), sorted(names[1]))]
+    if checks[0].passed:
+        given, held = reader.load_outside(), stored.load_outside()
+        checks += [_same_bits(name, given[name], held[name]) for name in given]
+    return ModuleAudit("outside the language model", "as it was", tuple(checks))
 
 
 # --- the layers ----------------------------------------------------------------------------------

@@ -122,6 +122,11 @@ def compress(
         If weights or activations are not finite.
     """
     family = family_of(model.config)
+    if model.config is not model.config.get_text_config():
+        raise UsageError(
+            f"expected a language model, got {type(model).__name__}; use compress_checkpoint, "
+            "which compresses the language model in it"
+        )
     model_config = _config_as_run(model)
     plan = make_plan(model_config, family, config)
     chosen = _calibration_for(model, config, calibration, tokenizer, field)
@@ -260,13 +265,18 @@ def compress_checkpoint(
             dtype=dtype or reader.dtype,
         ):
             writer.write_shard(
-                {f"{prefix}{layer.index}.{name}": t for name, t in layer.tensors.items()}
+                {
+                    f"{reader.prefix}{prefix}{layer.index}.{name}": tensor
+                    for name, tensor in layer.tensors.items()
+                }
             )
             records.append((layer.modules, layer.seconds))
             norms |= {f"{prefix}{layer.index}.{kind}": x for kind, x in layer.norms.items()}
             if progress is not None:
                 progress(layer.index + 1, len(plan.layers))
-        writer.write_shard(others)
+        writer.write_shard({f"{reader.prefix}{name}": t for name, t in others.items()})
+        if reader.outside:
+            writer.write_shard(reader.load_outside())
         summary = report.make_report(
             model=reader.source,
             revision=revision,
@@ -284,8 +294,11 @@ def compress_checkpoint(
         writer.write_safetensors(files.CALIBRATION, {"input_ids": chosen.input_ids})
         writer.write_safetensors(files.STATISTICS, norms)
         writer.write_json(files.REPORT, summary)
-        writer.write_text("README.md", model_card(summary, name=output.name, original=reader.path))
-        writer.commit(family.compressed_config(reader.config, plan.structure()))
+        card = model_card(
+            summary, name=output.name, original=reader.path, multimodal=reader.outer is not None
+        )
+        writer.write_text("README.md", card)
+        writer.commit(family.compressed_config(reader.config, plan.structure()), reader.outer)
     return summary
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILIES",
     "MODELING_MODULE",
+    "MULTIMODAL",
     "Family",
     "LayerStructure",
     "family_of",
@@ -27,13 +28,21 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )
 
 
+MULTIMODAL: Mapping[str, str] = MappingProxyType({"llava": "language_model."})
+"""Multimodal model types around a language model that is compressed, to the prefix of its tensors.
+
+Where they build it by its own model type, they build the compressed form as well.
+"""
+
+
 def family_of(config: PretrainedConfig | Mapping[str, Any]) -> Family:
     """Return the family of a model that can be compressed.
 
     Parameters
     ----------
     config : PretrainedConfig or mapping
-        The model's configuration, or the contents of its ``config.json``.
+        The model's configuration, or the contents of its ``config.json``. Of a multimodal one, the
+        language model's family is returned.
 
     Raises
     ------
@@ -41,13 +50,16 @@ def family_of(config: PretrainedConfig | Mapping[str, Any]) -> Family:
         If the model is compressed already, quantised, or of an unsupported type.
     """
     values = config if isinstance(config, Mapping) else config.to_dict()
+    quantization = values.get("quantization_config")
+    if values.get("model_type") in MULTIMODAL:
+        # The default of those that there are.
+        values = {"model_type": "llama"} | dict(values.get("text_config") or {})
     model_type = values.get("model_type")
     if model_type in {family.compressed_type for family in FAMILIES.values()}:
         raise UsageError(
             f"the model is compressed already (model type {model_type}): "
             "compress the original, at the ratio wanted in the end"
         )
-    quantization = values.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         raise UsageError(
