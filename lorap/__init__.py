@@ -1,4 +1,4 @@
-"""Structured compression of LLaMA models: low-rank attention and pruned feed-forward blocks.
+"""Structured compression of language models: low-rank attention and pruned feed-forward blocks.
 
 Importing this package is cheap, and makes transformers load compressed checkpoints: the Auto
 classes learn of them as soon as transformers itself is imported, before or after.

@@ -27,7 +27,7 @@ from lorap.checkpoint.reader import CheckpointReader, open_checkpoint, open_comp
 from lorap.config import CompressionConfig, Override
 from lorap.data.calibration import check_vocabulary, load_calibration
 from lorap.errors import LorapError, UsageError
-from lorap.families import Family
+from lorap.families import FAMILIES, Family
 from lorap.report import FORMAT_VERSION
 from lorap.runtime import choose_dtype
 from lorap_reference import budget, importance, llama, lowrank, pruning, statistics
@@ -219,15 +219,16 @@ def audit(
     reader, stored = open_checkpoint(original), open_compressed(compressed)
     record = _Record.read(stored)
     for name in _SHAPE_FIELDS:
-        ours, theirs = getattr(reader.config, name), getattr(stored.config, name)
+        ours, theirs = (getattr(config, name, None) for config in (reader.config, stored.config))
         if ours != theirs:
             raise UsageError(
                 f"{compressed} was not made from {original}: {name} is {theirs}, and {ours} there"
             )
     count = int(reader.config.num_hidden_layers)
     chosen = _chosen_layers(layers, count)
-    shape = _llama_shape(reader.config)
+    shape = _llama_shape(reader.config, reader.family)
     ids = _calibration_ids(reader, stored, record, calibration)
+    _check_window(reader.config, ids.shape[1])
     plan = _plan(reader, record.settings)
     compute = choose_dtype(record.settings.dtype) or reader.dtype
 
@@ -239,6 +240,8 @@ def audit(
     # What the other checks compare entry by entry has to be there, and of the right shape.
     if modules[-1].passed:
         modules += _audit_others(reader, stored)
+        if reader.outside:
+            modules.append(_audit_outside(reader, stored))
         modules += _audit_layers(
             _Context(reader, stored, record, plan, shape, _Compute(compute)), ids, chosen, progress
         )
@@ -274,7 +277,12 @@ def _chosen_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
     return tuple(sorted(set(layers)))
 
 
-def _llama_shape(config: PretrainedConfig) -> llama.LlamaShape:
+def _llama_shape(config: PretrainedConfig, family: Family) -> llama.LlamaShape:
+    if not family.plain_forward:
+        known = ", ".join(name for name, each in FAMILIES.items() if each.plain_forward)
+        raise UsageError(
+            f"the reference computes the forward of {known}, not that of {family.model_type}"
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     scaling = rope or getattr(config, "rope_scaling", None) or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -286,10 +294,23 @@ def _llama_shape(config: PretrainedConfig) -> llama.LlamaShape:
         layers=int(config.num_hidden_layers),
         heads=int(config.num_attention_heads),
         kv_heads=int(config.num_key_value_heads),
-        head_dim=int(config.head_dim or config.hidden_size // config.num_attention_heads),
+        head_dim=int(
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        ),
         rope_theta=float(rope.get("rope_theta") or config.rope_theta),
         rms_eps=float(config.rms_norm_eps),
     )
+
+
+def _check_window(config: PretrainedConfig, tokens: int) -> None:
+    """Refuse a model of which a layer does not see the whole of a sample."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if window is not None and window < tokens and "sliding_attention" in types:
+        raise UsageError(
+            f"the reference knows no sliding window, and the model's, of {window} tokens, is "
+            f"shorter than the samples of {tokens}"
+        )
 
 
 # --- what the checkpoint says of itself ----------------------------------------------------------
@@ -704,6 +725,16 @@ def _audit_others(reader: CheckpointReader, stored: CheckpointReader) -> Iterato
         if not name.startswith(prefix):
             same = _same_bits("untouched", reader.load(name)[""], stored.load(name)[""])
             yield ModuleAudit(name, "as it was", (same,))
+
+
+def _audit_outside(reader: CheckpointReader, stored: CheckpointReader) -> ModuleAudit:
+    """Compare what is around the language model of a multimodal one."""
+    names = (reader.outside.keys(), stored.outside.keys())
+    checks = [_equal("names", sorted(names[0]), sorted(names[1]))]
+    if checks[0].passed:
+        given, held = reader.load_outside(), stored.load_outside()
+        checks += [_same_bits(name, given[name], held[name]) for name in given]
+    return ModuleAudit("outside the language model", "as it was", tuple(checks))
 
 
 # --- the layers ----------------------------------------------------------------------------------

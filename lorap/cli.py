@@ -94,7 +94,7 @@ def _fail(message: str, status: int) -> None:
 
 app = typer.Typer(
     cls=_Commands,
-    help="Make LLaMA models smaller: low-rank attention and pruned feed-forward blocks (LoRAP).",
+    help="Make language models smaller: low-rank attention, pruned feed-forward blocks (LoRAP).",
     no_args_is_help=True,
     add_completion=False,
     # A traceback that is shown is a defect of lorap, and is wanted as it is.

@@ -368,7 +368,12 @@ def evaluate_perplexity(
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype)
 
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+    )
 
     name = os.fspath(model_path)
     location = _locate(name, revision)
@@ -386,7 +391,8 @@ def evaluate_perplexity(
                 f"cannot load {what} of the model {name!r}: {kind}{' '.join(str(error).split())}"
             ) from error
 
-    config = load(AutoConfig).get_text_config()
+    whole = load(AutoConfig)
+    config = whole.get_text_config()
     chunks, protocol = load_evaluation_chunks(
         source,
         tokenizer=lambda: load(AutoTokenizer),
@@ -397,7 +403,7 @@ def evaluate_perplexity(
     )
     # Weights that do not fit are named below; transformers alone would leave them random.
     model, loaded = load(
-        AutoModelForCausalLM,
+        AutoModelForCausalLM if whole is config else AutoModelForImageTextToText,
         dtype="auto" if torch_dtype is None else torch_dtype,
         use_safetensors=True,
         ignore_mismatched_sizes=True,

@@ -29,6 +29,7 @@ from lorap.config import CompressionConfig
 from lorap.data.calibration import Calibration, calibration_from_ids, load_calibration
 from lorap.errors import LorapError, UsageError
 from lorap.families import Family, family_of
+from lorap.families.fused import join, split
 from lorap.ops.importance import channel_importance, group_importance, weight_importance
 from lorap.ops.lowrank import awsvd, column_scale, retained_energy, weighted_error
 from lorap.ops.precision import compute_dtype
@@ -93,8 +94,8 @@ def compress(
     Parameters
     ----------
     model : PreTrainedModel
-        A LLaMA for causal language modelling; it is left as it is and shares no memory with the
-        result.
+        Of a supported family, with its language-modelling head; it is left as it is and shares no
+        memory with the result.
     config : CompressionConfig
         ``device`` auto computes where the model is.
     calibration : source or ids
@@ -121,6 +122,11 @@ def compress(
         If weights or activations are not finite.
     """
     family = family_of(model.config)
+    if model.config is not model.config.get_text_config():
+        raise UsageError(
+            f"expected a language model, got {type(model).__name__}; use compress_checkpoint, "
+            "which compresses the language model in it"
+        )
     model_config = _config_as_run(model)
     plan = make_plan(model_config, family, config)
     chosen = _calibration_for(model, config, calibration, tokenizer, field)
@@ -259,13 +265,18 @@ def compress_checkpoint(
             dtype=dtype or reader.dtype,
         ):
             writer.write_shard(
-                {f"{prefix}{layer.index}.{name}": t for name, t in layer.tensors.items()}
+                {
+                    f"{reader.prefix}{prefix}{layer.index}.{name}": tensor
+                    for name, tensor in layer.tensors.items()
+                }
             )
             records.append((layer.modules, layer.seconds))
             norms |= {f"{prefix}{layer.index}.{kind}": x for kind, x in layer.norms.items()}
             if progress is not None:
                 progress(layer.index + 1, len(plan.layers))
-        writer.write_shard(others)
+        writer.write_shard({f"{reader.prefix}{name}": t for name, t in others.items()})
+        if reader.outside:
+            writer.write_shard(reader.load_outside())
         summary = report.make_report(
             model=reader.source,
             revision=revision,
@@ -283,8 +294,11 @@ def compress_checkpoint(
         writer.write_safetensors(files.CALIBRATION, {"input_ids": chosen.input_ids})
         writer.write_safetensors(files.STATISTICS, norms)
         writer.write_json(files.REPORT, summary)
-        writer.write_text("README.md", model_card(summary, name=output.name, original=reader.path))
-        writer.commit(family.compressed_config(reader.config, plan.structure()))
+        card = model_card(
+            summary, name=output.name, original=reader.path, multimodal=reader.outer is not None
+        )
+        writer.write_text("README.md", card)
+        writer.commit(family.compressed_config(reader.config, plan.structure()), reader.outer)
     return summary
 
 
@@ -340,7 +354,7 @@ def compress_layers(
     compressed_config = family.compressed_config(model_config, plan.structure())
     for config_of_layers in (dense_config, compressed_config):
         # One kernel for models in memory and on disk, so that both give the same weights.
-        config_of_layers._attn_implementation = "sdpa"
+        config_of_layers._attn_implementation = family.kernel
     batches = _embed(family, dense_config, others, input_ids, mask, config, device, dtype)
     for index, layer_plan in enumerate(plan.layers):
         started = time.perf_counter()
@@ -353,7 +367,9 @@ def compress_layers(
             squares = _collect(dense, needed, batches, index)
             norms = {kind: feature_norms(total) for kind, total in squares.items()}
             del dense
-        tensors, modules = _compress_layer(family, original, layer_plan, norms, config, where)
+        parts = split(family, dense_config, original)
+        tensors, modules = _compress_layer(family, parts, layer_plan, norms, config, where)
+        tensors = join(family, plan.structure()[index], tensors)
         layer = _build_layer(family, compressed_config, index, tensors, dtype)
         for batch in batches:
             batch.hidden = batch.run(layer, index)
@@ -390,16 +406,22 @@ class _Batch:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: notes how it is called and passes its input on."""
+    """Stands in for a decoder layer: notes how it is called and passes its input on.
 
-    def __init__(self) -> None:
+    Some models of transformers 4 expect a tuple of a layer, and ask it for the type of its
+    attention; the others pass the tuple on as it is.
+    """
+
+    def __init__(self, attention_type: str | None) -> None:
         super().__init__()
+        self.attention_type = attention_type
         self.hidden = torch.empty(0)
         self.call: Mapping[str, Any] = {}
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.hidden, self.call = hidden_states, kwargs
-        return hidden_states
+    def forward(self, hidden_states: Tensor | tuple[Tensor], **kwargs: Any) -> tuple[Tensor]:
+        self.hidden = hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states
+        self.call = kwargs
+        return (self.hidden,)
 
 
 def _embed(
@@ -415,7 +437,8 @@ def _embed(
     """Embed the samples, and learn from the model itself what it passes to its layers."""
     with torch.device("meta"):
         base = family.base_class(dense_config)
-    recorders = [_Recorder() for _ in range(dense_config.num_hidden_layers)]
+    types = getattr(dense_config, "layer_types", None) or [None] * dense_config.num_hidden_layers
+    recorders = [_Recorder(attention_type) for attention_type in types]
     base.layers = nn.ModuleList(recorders)
     prefix = family.layers_path.removesuffix("layers")
     base.load_state_dict(
@@ -426,6 +449,7 @@ def _embed(
         },
         assign=True,
     )
+    base.norm = nn.Identity()
     _make_buffers_(base, device)
     base.train(False)
     batches = []
@@ -474,9 +498,9 @@ def _inputs_needed(family: Family, layer_plan: LayerPlan) -> dict[str, str]:
     needed: dict[str, str] = {}
     for role, name in family.attention.items():
         if layer_plan[name].kind == "low_rank":
-            needed.setdefault("o" if role == "o" else "attention", name)
+            needed.setdefault("o" if role == "o" else "attention", family.dense_name(name))
     if layer_plan[family.ffn_block].kind == "channels":
-        needed["ffn"] = family.ffn["up"]
+        needed["ffn"] = family.dense_name(family.ffn["up"])
         needed["down"] = family.ffn["down"]
     return needed
 

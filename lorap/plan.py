@@ -208,7 +208,7 @@ def make_plan(model_config: PretrainedConfig, family: Family, config: Compressio
     -----
     SPEC: ``budget.layer-ratio``, ``budget.reachable``, ``budget.overrides``.
     """
-    shapes = family.tensor_shapes(family.compressed_config(model_config, None))
+    shapes = family.tensor_shapes(family.compressed_config(model_config, None), split=True)
     total = sum(math.prod(shape) for shape in shapes.values())
     modules = _modules(family, shapes, model_config.num_hidden_layers)
     overrides = _resolve_overrides(modules, config)

@@ -226,7 +226,11 @@ CASES: dict[str, Case] = {
     "output missing": (given(output=None), 2, ["output", "--output", "recipe"]),
     "calibration missing": (given(calibration=None), 2, ["calibration", "--calibration"]),
     "unknown option": (given(ratios=0.2), 2, ["--ratios", "--ratio"]),
-    "unknown type": (unknown_type, 2, ["model type gpt2 is not supported", "supported: llama"]),
+    "unknown type": (
+        unknown_type,
+        2,
+        ["model type gpt2 is not supported", "supported: gemma2", "llama"],
+    ),
     "quantised": (quantised, 2, ["quantised", "gptq", "unquantised"]),
     "not a model folder": (not_a_model_folder, 2, ["empty", "not a model folder", "config.json"]),
     "a file as model": (a_file_as_model, 2, ["expected a model folder, got a file"]),

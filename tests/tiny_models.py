@@ -1,4 +1,4 @@
-"""Tiny random LLaMAs, their checkpoints, and structures to compress them to."""
+"""Tiny random models, their checkpoints, and structures to compress them to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB_SIZE = 96
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(VOCAB_SIZE - 3))]
@@ -28,8 +36,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(**overrides: Any) -> LlamaConfig:
-    """Return the configuration of a three-layer LLaMA of width 32; any field can be given."""
+# What is particular to each family, so that every trait that the code must keep right is there. The
+# windows are shorter than the samples, and the layers of two types where the family has two.
+_SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_SLIDING["layer_types"].pop()
+FAMILY_FIELDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {"use_sliding_window": True, **_SLIDING},
+    "qwen3": {"use_sliding_window": True, "head_dim": 16, **_SLIDING},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 24, **_SLIDING},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 24, **_SLIDING},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "olmo2": {},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, **_SLIDING},
+}
+
+# Not the defaults, so that a lost rotary base shows in the logits.
+THETA, LOCAL_THETA = 500.0, 70.0
+
+
+def _tiny_fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
     values: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -42,13 +69,34 @@ def tiny_config(**overrides: Any) -> LlamaConfig:
         "eos_token_id": 2,
         "initializer_range": 0.2,
     }
-    # Not the default, so that a lost rotary base shows in the logits; spelled for both versions.
-    theta = 500.0
-    if hasattr(LlamaConfig, "rope_parameters"):
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    if hasattr(config_class, "rope_parameters"):
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": THETA}
     else:
-        values["rope_theta"] = theta
-    return LlamaConfig(**(values | overrides))
+        values["rope_theta"] = THETA
+    return values
+
+
+def tiny_config(**overrides: Any) -> LlamaConfig:
+    """Return the configuration of a three-layer LLaMA of width 32; any field can be given."""
+    return LlamaConfig(**(_tiny_fields(LlamaConfig) | overrides))
+
+
+def tiny_family_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Return a random model of a family, in evaluation mode, with its traits."""
+    config_class = type(AutoConfig.for_model(model_type))
+    values = _tiny_fields(config_class) | {"num_key_value_heads": 2, "pad_token_id": 0}
+    values |= FAMILY_FIELDS[model_type]
+    if model_type == "gemma3_text" and "rope_parameters" in values:
+        local = {"rope_type": "default", "rope_theta": LOCAL_THETA}
+        values["rope_parameters"] = {
+            "full_attention": values["rope_parameters"],
+            "sliding_attention": local,
+        }
+    elif model_type == "gemma3_text":
+        values["rope_local_base_freq"] = LOCAL_THETA
+    model = AutoModelForCausalLM.from_config(config_class(**(values | overrides)))
+    randomise_(model, seed)
+    return model.eval()
 
 
 def tiny_model(

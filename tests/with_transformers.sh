@@ -13,4 +13,5 @@ grep -vE '^(transformers|tokenizers|huggingface_hub|datasets)==' constraints.txt
 "$venv/bin/pip" install --quiet --constraint "$venv/constraints.txt" \
     --editable '.[test]' "transformers==$version.*"
 "$venv/bin/python" -m pytest -m "not slow" tests/test_modeling.py tests/test_registration.py \
-    tests/test_checkpoint.py tests/test_pipeline.py parity_tests/test_algorithm1.py
+    tests/test_families.py tests/test_multimodal.py tests/test_checkpoint.py \
+    tests/test_pipeline.py parity_tests/test_algorithm1.py

@@ -16,7 +16,18 @@ from lorap.checkpoint.reader import is_local
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 
-def model_card(report: Mapping[str, Any], *, name: str, original: Path | None = None) -> str:
+_WITHOUT_LORAP = """\
+Without it, `from_pretrained(..., dtype="auto", trust_remote_code=True)` loads the classes from
+`modeling_lorap.py` in this folder; the file imports torch and transformers only."""
+
+
+def model_card(
+    report: Mapping[str, Any],
+    *,
+    name: str,
+    original: Path | None = None,
+    multimodal: bool = False,
+) -> str:
     """Return the README.md of a compressed checkpoint.
 
     Parameters
@@ -27,6 +38,8 @@ def model_card(report: Mapping[str, Any], *, name: str, original: Path | None = 
         The model's name, for the title: that of the output folder.
     original : Path, optional
         Folder of the original checkpoint, whose own card gives licence and language.
+    multimodal : bool
+        Whether it is a language model within another that was compressed.
 
     Returns
     -------
@@ -43,7 +56,7 @@ def model_card(report: Mapping[str, Any], *, name: str, original: Path | None = 
         **_inherited(original),
         **base,
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if multimodal else "text-generation",
         "tags": ["lorap", "pruning", "low-rank"],
     }
     tokens = f"{calibration['samples']} x {calibration['seqlen']} tokens"
@@ -51,6 +64,12 @@ def model_card(report: Mapping[str, Any], *, name: str, original: Path | None = 
     # Neither exists where a recipe fixes every module.
     asked = f"{report['ratio']:.2%} of {of_what}" if report["ratio"] else "set by the recipe"
     layer_ratio = f"{report['layer_ratio']:.2%}" if report["layer_ratio"] else "set by the recipe"
+    auto_model, auto_text = "AutoModelForCausalLM", "AutoTokenizer"
+    where, without = "", _WITHOUT_LORAP
+    if multimodal:
+        auto_model, auto_text = "AutoModelForImageTextToText", "AutoProcessor"
+        where = " of its language model"
+        without = "It does not load without lorap."
     versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
@@ -58,7 +77,7 @@ def model_card(report: Mapping[str, Any], *, name: str, original: Path | None = 
 
 # {name}
 
-{model}, made smaller with lorap: the attention projections are products of two thin
+{model}, made smaller with lorap: the attention projections{where} are products of two thin
 matrices (activation-weighted SVD), and the feed-forward blocks keep their most important channels.
 
 | | |
@@ -77,14 +96,13 @@ With lorap installed:
 
 ```python
 import lorap
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_model}, {auto_text}
 
-model = AutoModelForCausalLM.from_pretrained("path/to/{name}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("path/to/{name}")
+model = {auto_model}.from_pretrained("path/to/{name}", dtype="auto")
+{auto_text.removeprefix("Auto").lower()} = {auto_text}.from_pretrained("path/to/{name}")
 ```
 
-Without it, `from_pretrained(..., dtype="auto", trust_remote_code=True)` loads the classes from
-`modeling_lorap.py` in this folder; the file imports torch and transformers only.
+{without}
 
 ## How it was made
 

@@ -25,6 +25,8 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template*",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "LICENSE*",
     "LICENCE*",
     "NOTICE*",

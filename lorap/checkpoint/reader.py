@@ -7,7 +7,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +26,7 @@ from lorap.checkpoint.files import (
     side_files,
 )
 from lorap.errors import LorapError, UsageError, first_line
-from lorap.families import FAMILIES, Family, family_of
+from lorap.families import FAMILIES, MULTIMODAL, Family, family_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -103,6 +103,10 @@ class CheckpointReader:
         The model's family.
     tensors : mapping
         Name to place of every tensor that the model needs; tensors beyond these are left out.
+    outer : PretrainedConfig, optional
+        Of the multimodal model whose language model all of the above is about.
+    outside : mapping
+        Name to place of the tensors that are not the language model's, under the names stored.
     """
 
     path: Path
@@ -110,6 +114,13 @@ class CheckpointReader:
     config: PretrainedConfig
     family: Family
     tensors: Mapping[str, StoredTensor]
+    outer: PretrainedConfig | None = None
+    outside: Mapping[str, _Entry] = field(default_factory=dict)
+
+    @property
+    def prefix(self) -> str:
+        """What the names stored begin with before those of ``tensors``."""
+        return "" if self.outer is None else MULTIMODAL[self.outer.model_type]
 
     def keys(self) -> tuple[str, ...]:
         """Return the names of the model's tensors. A tied head is not among them."""
@@ -158,6 +169,10 @@ class CheckpointReader:
         """
         prefix = f"{self.family.layers_path}."
         return self._copies([name for name in self.tensors if not name.startswith(prefix)])
+
+    def load_outside(self) -> dict[str, Tensor]:
+        """Read the tensors that are not the language model's, under the names stored."""
+        return {name: tensor.clone() for name, tensor in _stream(self.outside)}
 
     def iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Go through all the model's tensors, each once, shard by shard.
@@ -225,8 +240,8 @@ def open_checkpoint(
         If the hub cannot be reached.
     """
     source = str(model)
-    path, config = _find_config(model, revision)
-    family = family_of(config)
+    path, whole = _find_config(model, revision)
+    family, config = family_of(whole), whole.get_text_config()
     if not is_local(model):
         _fetch_side_files(source, revision)
         _download(source, revision, [INDEX, BIN_INDEX])
@@ -234,9 +249,11 @@ def open_checkpoint(
         if allow_bin and not (path / WEIGHTS).exists() and not (path / INDEX).exists():
             _download(source, revision, ["pytorch_model*.bin"])
     side_files(path)
-    stored = _prefixed(_stored_tensors(path, source, allow_bin), family)
+    outer = None if whole is config else whole
+    inner, outside = _inner(_stored_tensors(path, source, allow_bin), outer, source)
+    stored = _prefixed(inner, family)
     if config.tie_word_embeddings and _has_own_head(stored, family):
-        config.tie_word_embeddings = False
+        config.tie_word_embeddings = whole.tie_word_embeddings = False
     try:
         expected = family.tensor_shapes(family.compressed_config(config, None))
     except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -248,7 +265,7 @@ def open_checkpoint(
             "missing, and its config.json does not tie the head to the embedding"
         )
     tensors = _match(stored, expected, source)
-    return CheckpointReader(path, source, config, family, tensors)
+    return CheckpointReader(path, source, config, family, tensors, outer, outside)
 
 
 def open_compressed(folder: str | Path) -> CheckpointReader:
@@ -264,11 +281,15 @@ def open_compressed(folder: str | Path) -> CheckpointReader:
     UsageError
         If it is no folder of a compressed model, or its files are damaged.
     """
+    from transformers import AutoConfig
+
     path = Path(os.path.expanduser(folder))
     file = path / CONFIG
     if not file.is_file():
         raise UsageError(f"{folder}: expected the folder of a compressed model: no config.json")
-    model_type = _read_json(file).get("model_type")
+    values = _read_json(file)
+    multimodal = values.get("model_type") in MULTIMODAL
+    model_type = (values.get("text_config") or {} if multimodal else values).get("model_type")
     families = {family.compressed_type: family for family in FAMILIES.values()}
     if model_type not in families:
         raise UsageError(
@@ -277,17 +298,20 @@ def open_compressed(folder: str | Path) -> CheckpointReader:
         )
     family = families[model_type]
     try:
-        config = family.config_class.from_pretrained(path)
+        whole = AutoConfig.from_pretrained(path) if multimodal else None
+        config = whole.get_text_config() if whole else family.config_class.from_pretrained(path)
     except Exception as error:
         # transformers raises many types here, those of its validators among them.
         raise UsageError(f"{file}: not a usable configuration: {error}") from error
-    stored = _stored_tensors(path, str(folder), allow_bin=False)
+    stored, outside = _inner(_stored_tensors(path, str(folder), allow_bin=False), whole, folder)
     tensors = {name: entry.floating() for name, entry in stored.items()}
-    return CheckpointReader(path, str(folder), config, family, tensors)
+    return CheckpointReader(path, str(folder), config, family, tensors, whole, outside)
 
 
 def read_config(model: str | Path, *, revision: str | None = None) -> PretrainedConfig:
     """Return the configuration of a model that can be compressed, without its weights.
+
+    Of a multimodal model, that of its language model.
 
     It says that the head is tied to the embedding wherever ``config.json`` does; that the weights
     disagree is seen by :func:`open_checkpoint` only.
@@ -307,7 +331,7 @@ def read_config(model: str | Path, *, revision: str | None = None) -> Pretrained
     LorapError
         If the hub cannot be reached.
     """
-    return _find_config(model, revision)[1]
+    return _find_config(model, revision)[1].get_text_config()
 
 
 def fetch_tokenizer_files(model: str | Path, *, revision: str | None = None) -> Path:
@@ -518,7 +542,7 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _stream(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+def _stream(tensors: Mapping[str, StoredTensor | _Entry]) -> Iterator[tuple[str, Tensor]]:
     """Read tensors file by file; see :meth:`CheckpointReader.iter_tensors`."""
     for file in dict.fromkeys(tensor.file for tensor in tensors.values()):
         wanted = {name: tensor.key for name, tensor in tensors.items() if tensor.file == file}
@@ -531,6 +555,19 @@ def _stream(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]
             state = _load_bin(file)
             for name, key in wanted.items():
                 yield name, state[key]
+
+
+def _inner(
+    stored: dict[str, _Entry], outer: PretrainedConfig | None, source: str | Path
+) -> tuple[dict[str, _Entry], dict[str, _Entry]]:
+    """Return the language model's tensors under its own names, and all others."""
+    if outer is None:
+        return stored, {}
+    prefix = MULTIMODAL[outer.model_type]
+    inner = {name.removeprefix(prefix): e for name, e in stored.items() if name.startswith(prefix)}
+    if not inner:
+        raise UsageError(f"{source}: expected tensors of the language model, named {prefix}*")
+    return inner, {name: e for name, e in stored.items() if not name.startswith(prefix)}
 
 
 def _prefixed(stored: Mapping[str, _Entry], family: Family) -> Mapping[str, _Entry]:

@@ -33,7 +33,7 @@ from lorap.checkpoint.files import (
     side_files,
 )
 from lorap.errors import LorapError, UsageError
-from lorap.families import FAMILIES, Family, modeling_file
+from lorap.families import FAMILIES, MULTIMODAL, Family, modeling_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -140,6 +140,8 @@ def _is_compressed(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     types = {family.compressed_type for family in FAMILIES.values()}
+    if isinstance(config, dict) and config.get("model_type") in MULTIMODAL:
+        config = config.get("text_config")
     return isinstance(config, dict) and config.get("model_type") in types
 
 
@@ -272,13 +274,15 @@ class CheckpointWriter:
         for file in side_files(source):
             self._write_bytes(str(file.relative_to(source)), file.read_bytes())
 
-    def commit(self, config: PretrainedConfig) -> Path:
+    def commit(self, config: PretrainedConfig, outer: PretrainedConfig | None = None) -> Path:
         """Finish the checkpoint and put it in its place.
 
         Parameters
         ----------
         config : PretrainedConfig
             Of the compressed form; not changed.
+        outer : PretrainedConfig, optional
+            Of the multimodal model whose language model was compressed; not changed.
 
         Returns
         -------
@@ -294,22 +298,23 @@ class CheckpointWriter:
         """
         family = _family_of_compressed(config)
         written = {name: tensor for shard in self._shards for name, tensor in shard.items()}
-        _check_tensors(written, family.tensor_shapes(config))
-        self._write_config(config, family, written)
+        prefix = "" if outer is None else MULTIMODAL[outer.model_type]
+        inner = {n.removeprefix(prefix): t for n, t in written.items() if n.startswith(prefix)}
+        _check_tensors(inner, family.tensor_shapes(config))
+        config = copy.deepcopy(config)
+        if config.dtype is None:
+            config.dtype = next(iter(inner.values())).dtype
+        if outer is None:
+            config.architectures = [f"{family.class_prefix}ForCausalLM"]
+            self._write_bytes(modeling_file().name, modeling_file().read_bytes())
+        else:
+            outer = copy.deepcopy(outer)
+            outer.text_config = config
+        self.write_text(CONFIG, (outer or config).to_json_string(use_diff=True))
         self._name_shards()
         _sync(self._staging)
         self._rename()
         return self.output
-
-    def _write_config(
-        self, config: PretrainedConfig, family: Family, written: Mapping[str, Tensor]
-    ) -> None:
-        config = copy.deepcopy(config)
-        config.architectures = [f"{family.class_prefix}ForCausalLM"]
-        if config.dtype is None:
-            config.dtype = next(iter(written.values())).dtype
-        self.write_text(CONFIG, config.to_json_string(use_diff=True))
-        self._write_bytes(modeling_file().name, modeling_file().read_bytes())
 
     def _name_shards(self) -> None:
         count = len(self._shards)

@@ -21,6 +21,9 @@ LayerStructure = Mapping[str, Mapping[str, int]]
 MODELING_MODULE = "lorap.families.modeling_lorap"
 """Module with the classes of all compressed forms, shipped in every checkpoint."""
 
+JOINT = "self_attn.qk_proj"
+"""Name, in a structure, of q and k that share a right factor."""
+
 ATTENTION = MappingProxyType({role: f"self_attn.{role}_proj" for role in ("q", "k", "v", "o")})
 FFN = MappingProxyType({role: f"mlp.{role}_proj" for role in ("gate", "up", "down")})
 """Names of the linears where none are fused."""
@@ -53,6 +56,10 @@ class Family:
         Role (``q``, ``k``, ``v``, ``o``) to the module's name in a decoder layer.
     ffn : mapping
         Role (``gate``, ``up``, ``down``) to the module's name in a decoder layer.
+    prunes_heads : bool
+        Whether heads can be left out: not where a norm spans all of them.
+    plain_forward : bool
+        Whether a layer computes what one of LLaMA does, so that the audit's reference covers it.
     attention_block, ffn_block : str
         Names of the two blocks in a decoder layer.
     layers_path : str
@@ -65,6 +72,8 @@ class Family:
     class_prefix: str
     attention: Mapping[str, str] = field(default_factory=lambda: ATTENTION)
     ffn: Mapping[str, str] = field(default_factory=lambda: FFN)
+    prunes_heads: bool = True
+    plain_forward: bool = False
     attention_block: str = "self_attn"
     ffn_block: str = "mlp"
     layers_path: str = "model.layers"
@@ -99,11 +108,30 @@ class Family:
         found: type[PreTrainedModel] = self._class("ForCausalLM")
         return found
 
+    @property
+    def kernel(self) -> str:
+        """The attention kernel of transformers to compute with: its own first choice."""
+        return "sdpa" if self.base_class._supports_sdpa else "eager"
+
     def decoder_layer(self, config: PretrainedConfig, index: int) -> torch.nn.Module:
         """Return a decoder layer of the compressed form (``lorap=None``: of the dense one)."""
         base_class: Any = self.base_class
         layer: torch.nn.Module = base_class.decoder_layer(config, index)
         return layer
+
+    @property
+    def fused(self) -> dict[str, tuple[str, ...]]:
+        """Names of the linears that hold several, to the names of their parts in order."""
+        parts: dict[str, tuple[str, ...]] = {}
+        for name in (*self.attention.values(), *self.ffn.values()):
+            parent = name.rpartition(".")[0]
+            if parent not in (self.attention_block, self.ffn_block):
+                parts[parent] = (*parts.get(parent, ()), name)
+        return parts
+
+    def dense_name(self, name: str) -> str:
+        """Return the linear of the dense layer that a linear is, or is a part of."""
+        return next((parent for parent, parts in self.fused.items() if name in parts), name)
 
     def compressed_config(
         self, config: PretrainedConfig, layers: Sequence[LayerStructure] | None
@@ -140,7 +168,21 @@ class Family:
         )
         return compressed
 
-    def tensor_shapes(self, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    def rows(self, config: PretrainedConfig) -> dict[str, int]:
+        """Return the outputs of the linears of a dense layer, fused ones apart, by name.
+
+        Parameters
+        ----------
+        config : PretrainedConfig
+            Of the dense form.
+        """
+        dense: Any = config
+        # They are the same in all layers.
+        return {name: linear.d_out for name, linear in dense.linears(0).items()}
+
+    def tensor_shapes(
+        self, config: PretrainedConfig, *, split: bool = False
+    ) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every tensor that a checkpoint of this configuration holds.
 
         Parameters
@@ -148,6 +190,8 @@ class Family:
         config : PretrainedConfig
             Of the compressed form (``lorap=None``: of the original). Where it ties the embeddings,
             the head is left out.
+        split : bool
+            Give the parts of fused linears in their place; for the dense form only.
         """
         import torch
 
@@ -156,10 +200,21 @@ class Family:
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if config.tie_word_embeddings:
             del shapes[self.head]
-        return shapes
+        if not split:
+            return shapes
+        rows, found = self.rows(config), {}
+        for name, shape in shapes.items():
+            linear, _, kind = name.rpartition(".")
+            whole = next((whole for whole in self.fused if linear.endswith(f".{whole}")), None)
+            if whole is None:
+                found[name] = shape
+                continue
+            for part in self.fused[whole]:
+                found[f"{linear.removesuffix(whole)}{part}.{kind}"] = (rows[part], *shape[1:])
+        return found
 
     def register(self, module: ModuleType) -> None:
-        """Make the Auto classes of transformers know the compressed form.
+        """Make the Auto classes of transformers know the compressed form, if it knows the family.
 
         Parameters
         ----------
@@ -168,10 +223,13 @@ class Family:
         """
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-        config_class, base_class, model_class = (
-            getattr(module, self.class_prefix + suffix)
-            for suffix in ("Config", "Model", "ForCausalLM")
-        )
+        try:
+            config_class, base_class, model_class = (
+                getattr(module, self.class_prefix + suffix)
+                for suffix in ("Config", "Model", "ForCausalLM")
+            )
+        except ImportError:
+            return
         AutoConfig.register(self.compressed_type, config_class, exist_ok=True)
         AutoModel.register(config_class, base_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)

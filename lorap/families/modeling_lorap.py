@@ -31,9 +31,11 @@ ATTENTION, FFN, JOINT = "self_attn", "mlp", "self_attn.qk_proj"
 _SUFFIXES = ("Config", "Attention", "Model", "ForCausalLM")
 
 
-def _separate() -> dict[str, str]:
-    attention = {role: f"{ATTENTION}.{role}_proj" for role in ("q", "k", "v", "o")}
-    return attention | {role: f"{FFN}.{role}_proj" for role in ("gate", "up", "down")}
+_SEPARATE = {role: f"{ATTENTION}.{role}_proj" for role in ("q", "k", "v", "o")}
+_SEPARATE |= {role: f"{FFN}.{role}_proj" for role in ("gate", "up", "down")}
+_FUSED = {role: f"{ATTENTION}.qkv_proj.{role}" for role in ("q", "k", "v")}
+_FUSED |= {role: f"{FFN}.gate_up_proj.{role}" for role in ("gate", "up")}
+"""Role to the linear's name in a decoder layer. The parts of a fused linear have longer names."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,21 @@ class _Stock:
     ----------
     module : str
         Its folder in ``transformers.models``.
+    text : str
+        What the names of configuration and base model have beyond those of the other classes.
     linears : mapping
-        Role to the linear's name in a decoder layer. A name of three parts is that of a part of a
-        fused linear: ``self_attn.qkv_proj.q``.
+        Role to the linear's name in a decoder layer.
+    prunes_heads : bool
+        Whether heads can be left out: not where a norm spans all of them.
+    scaling : tuple of str
+        The keys beside ``type`` that transformers 4 insists on in ``rope_scaling``, if it does.
     """
 
     module: str
-    linears: Mapping[str, str] = field(default_factory=_separate)
+    text: str = ""
+    linears: Mapping[str, str] = field(default_factory=lambda: _SEPARATE)
+    prunes_heads: bool = True
+    scaling: tuple[str, ...] = ()
 
     def held(self) -> dict[str, list[str]]:
         """Return, for each linear of the dense layer, itself or the parts that it fuses."""
@@ -62,6 +72,14 @@ class _Stock:
 
 _FAMILIES = {
     "Llama": _Stock("llama"),
+    "Mistral": _Stock("mistral"),
+    "Qwen2": _Stock("qwen2"),
+    "Qwen3": _Stock("qwen3"),
+    "Gemma2": _Stock("gemma2"),
+    "Gemma3": _Stock("gemma3", text="Text"),
+    "Phi3": _Stock("phi3", linears=_SEPARATE | _FUSED, scaling=("short_factor", "long_factor")),
+    "Olmo2": _Stock("olmo2", prunes_heads=False, scaling=("factor",)),
+    "SmolLM3": _Stock("smollm3"),
 }
 
 
@@ -119,7 +137,7 @@ class LorapConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         if rope:
             # Each version of transformers reads its own spelling, and would take defaults, such as
             # a theta of 10000, for what it does not find.
-            spelled = _rope_of_transformers_4(rope)
+            spelled = _rope_of_transformers_4(rope, self.stock.scaling)
             if hasattr(type(self), "rope_parameters"):
                 kwargs = {key: value for key, value in kwargs.items() if key not in spelled}
             else:
@@ -228,6 +246,8 @@ class LorapConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
                     with_bias=True,
                     rankless=name != JOINT,
                 )
+        if ATTENTION in structure and not self.stock.prunes_heads:
+            raise ValueError(f"{where}: no heads can be left out, since a norm spans all of them")
         factored = [name for name in structure if "rank" in structure[name]]
         for name in factored:
             if ATTENTION in structure and not name.startswith(f"{FFN}."):
@@ -247,7 +267,7 @@ class LorapConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
             "AutoModelForCausalLM": f"{start}ForCausalLM",
         }
         if output.get("rope_parameters"):
-            output |= _rope_of_transformers_4(output["rope_parameters"])
+            output |= _rope_of_transformers_4(output["rope_parameters"], self.stock.scaling)
         return output
 
     def save_pretrained(
@@ -290,11 +310,23 @@ def _check_entry(
         raise ValueError(f"{where}: expected True for 'bias', got {entry['bias']!r}")
 
 
-def _rope_of_transformers_4(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that say in transformers 4 what ``rope_parameters`` says in 5."""
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    default = scaling.get("rope_type", "default") == "default"
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if default else scaling}
+def _rope_of_transformers_4(rope: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return the fields that say in transformers 4 what ``rope_parameters`` says in 5.
+
+    `keys` are those that it insists on beside ``type`` in ``rope_scaling``; if empty, all are kept.
+    """
+    if "full_attention" in rope:
+        fields = _rope_of_transformers_4(rope["full_attention"], keys)
+        return fields | {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+    kind = rope.get("rope_type", "default")
+    fields = {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    if "partial_rotary_factor" in rope:
+        fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if kind != "default" and keys:
+        fields["rope_scaling"] = {"type": kind} | {key: rope[key] for key in keys}
+    elif kind != "default":
+        fields["rope_scaling"] = {key: rope[key] for key in rope if key not in fields}
+    return fields
 
 
 class LowRankLinear(nn.Module):
@@ -457,6 +489,8 @@ class LorapModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     layer_class: ClassVar[type[nn.Module]]
     attention_class: ClassVar[type[FactoredQKV]]
 
+    # Not empty, as that of Gemma 3 in transformers 4.
+    base_model_prefix = "model"
     config: LorapConfig
     layers: nn.ModuleList
 
@@ -529,6 +563,7 @@ class LorapForCausalLM(PreTrainedModel):  # type: ignore[no-untyped-call]
     """The stock model of a family with its head, around the compressed form."""
 
     model_class: ClassVar[type[LorapModel]]
+    base_model_prefix = "model"
 
     def __init__(self, config: LorapConfig) -> None:
         # Not the stock __init__, which would make and initialise the dense model to be thrown away.
@@ -558,7 +593,7 @@ def _make_classes(prefix: str) -> dict[str, type]:
         made[name] = type(name, (mixin, base), members)
         return made[name]
 
-    base_config = getattr(module, f"{prefix}Config")
+    base_config = getattr(module, f"{prefix}{stock.text}Config")
     config = make(
         "Config",
         LorapConfig,
@@ -572,7 +607,7 @@ def _make_classes(prefix: str) -> dict[str, type]:
     model = make(
         "Model",
         LorapModel,
-        getattr(module, f"{prefix}Model"),
+        getattr(module, f"{prefix}{stock.text}Model"),
         config_class=config,
         layer_class=getattr(module, f"{prefix}DecoderLayer"),
         attention_class=attention,
