@@ -1,9 +1,19 @@
 """The reference: every equation of LoRAP in NumPy and SciPy, float64, one function per equation.
 
 Written to be read beside the paper (arXiv 2404.09695) and SPEC.md; the paper's letters are kept.
+``mgaa`` belongs to another paper, with letters of its own.
 ``lorap``, the torch path, shares no code with it: the two meet only in ``parity_tests``.
 """
 
-from . import algorithm1, budget, importance, llama, lowrank, pruning, statistics
+from . import algorithm1, budget, importance, llama, lowrank, mgaa, pruning, statistics
 
-__all__ = ["algorithm1", "budget", "importance", "llama", "lowrank", "pruning", "statistics"]
+__all__ = [
+    "algorithm1",
+    "budget",
+    "importance",
+    "llama",
+    "lowrank",
+    "mgaa",
+    "pruning",
+    "statistics",
+]
