@@ -429,6 +429,143 @@ def low_rank_shapes(draw: st.DrawFn) -> Mapping[str, Shape]:
     return ffn if take == "ffn" else shapes | ffn
 
 
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[Array, Array]:
+    """Draw the residual stream before and after a sub-layer, ``(tokens, d)`` each, d at least 1.
+
+    Some tokens are zero on one side or both, some do not change, some are far from 1 in size.
+    """
+    count, features = draw(st.integers(0, 40), label="tokens"), draw(sides(), label="d")
+    rng = np.random.default_rng(draw(seeds))
+    X = rng.standard_normal((count, features))
+    kind = draw(st.sampled_from(("near", "apart", "integer", "huge and tiny")))
+    if kind == "integer":
+        X = rng.integers(-1, 2, X.shape).astype(np.float64)
+        Y = rng.integers(-1, 2, X.shape).astype(np.float64)
+    elif kind == "apart":
+        Y = rng.standard_normal(X.shape)
+    else:
+        Y = X + draw(st.sampled_from((0.0, 1e-6, 0.1, 1.0))) * rng.standard_normal(X.shape)
+    if kind == "huge and tiny":
+        X, Y = (Z * 10.0 ** rng.integers(-290, 291, (count, 1)) for Z in (X, Y))
+    for Z in (X, Y):
+        Z[rng.random(count) < draw(st.sampled_from((0.0, 0.1, 0.5)))] = 0
+    return X, Y
+
+
+@st.composite
+def similarities(draw: st.DrawFn) -> list[float]:
+    """Draw the similarities of one to forty sub-layers: equal, nearly so, or apart."""
+    count = draw(st.integers(1, 40))
+    rng = np.random.default_rng(draw(seeds))
+    spread = draw(st.sampled_from((0.0, 1e-16, 1e-12, 2.0**-32, 1e-6, 0.01, 1.0)))
+    values: list[float] = (draw(st.floats(-1, 1)) + spread * rng.uniform(-1, 1, count)).tolist()
+    return values
+
+
+@dataclass(frozen=True)
+class SubLayers:
+    """The sub-layers that a target is spread over; see ``mgaa.sublayer_ratios``."""
+
+    z: list[float]
+    sizes: list[int]
+    target: float
+    alpha: float
+    highest: list[float]
+
+    @property
+    def arguments(self) -> tuple[list[float], list[int], float, float, list[float]]:
+        """As the function takes them."""
+        return self.z, self.sizes, self.target, self.alpha, self.highest
+
+    @property
+    def wanted(self) -> list[float]:
+        """Eq. (14), before the shift."""
+        return [self.alpha * z + self.target for z in self.z]
+
+
+@st.composite
+def sublayers(draw: st.DrawFn) -> SubLayers:
+    """Draw one to sixteen sub-layers, of a LLaMA's sizes or any; bounds that allow it or not."""
+    count = draw(st.integers(1, 16), label="sub-layers")
+    rng = np.random.default_rng(draw(seeds))
+    z = {
+        "equal": np.zeros(count),
+        "integer": rng.integers(-2, 3, count).astype(np.float64),
+        "normal": rng.standard_normal(count),
+    }[draw(st.sampled_from(("normal", "integer", "normal", "equal")), label="scores")]
+    if draw(st.booleans()):
+        d, d_m = draw(st.sampled_from(((4096, 11008), (5120, 13824), (6, 20))))
+        sizes = [(4 * d * d, 3 * d * d_m)[s % 2] for s in range(count)]
+    else:
+        sizes = rng.integers(1, 10 ** draw(st.integers(1, 10)), count).tolist()
+    target, floor = draw(ratios, label="target"), draw(st.sampled_from((0.0, 0.25, 0.5, 1.0)))
+    highest = [target + (1 - floor) * (1 - target)] * count
+    if draw(st.booleans()):
+        highest = rng.choice((0.0, 0.3, 0.5, 0.9, 1.0), count).tolist()
+    alpha = draw(st.one_of(st.sampled_from((0.35, 0.1, 0.5, 10.0, 0.0)), st.floats(0.01, 2)))
+    return SubLayers(z.tolist(), sizes, target, alpha, highest)
+
+
+@dataclass(frozen=True)
+class Energies:
+    """The matrices of a sub-layer that share a budget; see ``mgaa.common_energy_ranks``."""
+
+    spectra: dict[str, Array]
+    shapes: dict[str, Shape]
+    budget: float
+    floors: dict[str, int]
+
+
+def spectrum(size: int, kind: str, rng: np.random.Generator) -> Array:
+    """Return singular values, descending.
+
+    Parameters
+    ----------
+    size : int
+    kind : {"integer", "flat", "geometric", "power", "zero"}
+        ``integer``: from 0 to 3, with ties. ``geometric``: so steep that the last ones add nothing
+        to a sum of doubles, where there are many.
+    rng : numpy.random.Generator
+    """
+    index = np.arange(size, dtype=np.float64)
+    values = {
+        "integer": np.sort(rng.integers(0, 4, size).astype(np.float64))[::-1],
+        "flat": np.full(size, rng.uniform(0.1, 10)),
+        "geometric": rng.uniform(0.1, 0.9) ** index,
+        "power": rng.uniform(0.1, 10) * (1 + index) ** -rng.uniform(0.1, 2),
+        "zero": np.zeros(size),
+    }[kind]
+    return values.copy()
+
+
+@st.composite
+def energies(draw: st.DrawFn) -> Energies:
+    """Draw one to seven matrices, all alike or not, floors, and a budget that mostly fits them."""
+    names = draw(st.lists(st.sampled_from(ROLES), min_size=1, max_size=7, unique=True))
+    rng = np.random.default_rng(draw(seeds))
+    kinds = st.sampled_from(("integer", "flat", "geometric", "power", "zero"))
+    side = st.one_of(st.integers(1, 12), st.integers(8, 80))
+    alike = draw(st.booleans(), label="alike")
+    shape, kind = (draw(side), draw(side)), draw(kinds)
+    one = spectrum(min(shape), kind, rng)
+    shapes, spectra, floors = {}, {}, {}
+    most = draw(st.sampled_from((1, 2, 100)), label="highest floor")
+    for name in names:
+        shapes[name] = shape if alike else (draw(side), draw(side))
+        spectra[name] = one if alike else spectrum(min(shapes[name]), draw(kinds), rng)
+        floors[name] = int(rng.integers(0, min(most, min(shapes[name])) + 1))
+    total = sum(d_out * d_in for d_out, d_in in shapes.values())
+    least = sum(
+        min(max(1, floors[name]) * (d_out + d_in), d_out * d_in)
+        for name, (d_out, d_in) in shapes.items()
+    )
+    budget = least + draw(st.floats(0, 1), label="of the rest") * (total - least)
+    if draw(st.integers(0, 7)) == 0:
+        budget = draw(st.floats(0, 1.1), label="of all") * total
+    return Energies(spectra, shapes, budget, floors)
+
+
 @dataclass(frozen=True)
 class SmallLlama:
     """A random LLaMA, small enough for hundreds of compressions.

@@ -41,6 +41,8 @@ class Side:
     def made(self, argument: Any) -> Any:
         if isinstance(argument, list):
             return [self.made(part) for part in argument]
+        if isinstance(argument, dict):
+            return {key: self.made(value) for key, value in argument.items()}
         return self.make(argument) if isinstance(argument, np.ndarray) else argument
 
     def norms(self, X: own.Array) -> own.Array:
@@ -1203,3 +1205,228 @@ def test_the_removed_band_is_the_ratio_of_the_width_within_a_channel(
     slip = tolerances.band((Fraction(s) + Fraction(least)) * d_m)
     assert -1 - slip < high - low - Fraction(s) * d_m < 1 + slip
     assert -slip <= Fraction(least) * d_m - low < 1 + slip
+
+
+# MGAA
+
+
+@pytest.mark.spec("mgaa.similarity")
+@both_sides
+@given(streams=own.streams(), data=st.data(), seed=own.seeds)
+def test_cosines_of_batches_in_any_order_add_up(
+    side: Side, streams: tuple[own.Array, own.Array], data: st.DataObject, seed: int
+) -> None:
+    X, Y = streams
+    cuts = sorted(data.draw(st.lists(st.integers(0, X.shape[0]), max_size=3), label="cuts"))
+    order = np.random.default_rng(seed).permutation(X.shape[0])
+    parts = [order[a:b] for a, b in pairwise([0, *cuts, X.shape[0]])]
+    compare.close(
+        f"cosines of the batches ({side})",
+        sum(side("mgaa.cosine_sum", X[part], Y[part]) for part in parts),
+        side("mgaa.cosine_sum", X, Y),
+        tolerances.cosine_sum(X.shape[0], X.shape[1]),
+    )
+
+
+@pytest.mark.spec("mgaa.similarity")
+@both_sides
+@given(streams=own.streams(), seed=own.seeds)
+def test_the_size_of_a_token_changes_no_cosine(
+    side: Side, streams: tuple[own.Array, own.Array], seed: int
+) -> None:
+    X, Y = streams
+    rng = np.random.default_rng(seed)
+    a, b = (2.0 ** rng.integers(-20, 21, (X.shape[0], 1)) for _ in range(2))
+    total = side("mgaa.cosine_sum", X, Y)
+    compare.exact(f"cosines, scaled ({side})", side("mgaa.cosine_sum", a * X, b * Y), total)
+    compare.exact(f"cosines, turned over ({side})", side("mgaa.cosine_sum", -X, -Y), total)
+    compare.exact(f"cosines, exchanged ({side})", side("mgaa.cosine_sum", Y, X), total)
+    assert side("mgaa.cosine_sum", X, X) == X.shape[0]
+
+
+@pytest.mark.spec("mgaa.scores")
+@both_sides
+@given(similarities=own.similarities(), seed=own.seeds)
+def test_standard_scores_follow_order_and_sign(
+    side: Side, similarities: list[float], seed: int
+) -> None:
+    z = side("mgaa.standard_scores", similarities)
+    order = np.random.default_rng(seed).permutation(len(z)).tolist()
+    permuted = side("mgaa.standard_scores", [similarities[i] for i in order])
+    compare.exact(f"standard scores, permuted ({side})", permuted, [z[i] for i in order])
+    turned = side("mgaa.standard_scores", [-value for value in similarities])
+    compare.exact(f"standard scores, turned over ({side})", turned, [-score for score in z])
+    ranking = np.argsort(similarities, kind="stable")
+    assert np.all(np.diff(np.array(z)[ranking]) >= 0)
+
+
+@pytest.mark.spec("mgaa.ratios")
+@both_sides
+@given(case=own.sublayers(), seed=own.seeds, exponent=st.integers(0, 10))
+def test_ratios_follow_a_permutation_and_a_common_factor_of_the_sizes(
+    side: Side, case: own.SubLayers, seed: int, exponent: int
+) -> None:
+    ratios = side("mgaa.sublayer_ratios", *case.arguments)
+    order = np.random.default_rng(seed).permutation(len(ratios)).tolist()
+    z, sizes, highest = ([v[i] for i in order] for v in (case.z, case.sizes, case.highest))
+    larger = [size * 2**exponent for size in sizes]
+    permuted = side("mgaa.sublayer_ratios", z, larger, case.target, case.alpha, highest)
+    compare.exact(f"sub-layer ratios, permuted ({side})", permuted, [ratios[i] for i in order])
+
+
+@pytest.mark.spec("mgaa.ratios")
+@both_sides
+@given(case=own.sublayers())
+def test_the_more_alike_input_and_output_the_more_is_removed(
+    side: Side, case: own.SubLayers
+) -> None:
+    ratios = side("mgaa.sublayer_ratios", *case.arguments)
+    layers = list(zip(case.z, case.highest, ratios, strict=True))
+    for z, highest, ratio in layers:
+        assert 0 <= ratio <= highest
+        assert all(ratio >= r for other, h, r in layers if other <= z and h <= highest)
+
+
+@pytest.mark.spec("mgaa.ratios")
+@both_sides
+@given(case=own.sublayers(), target=own.ratios)
+@example(case=own.SubLayers([2.0, 0.0, -1.0, -1.0], [1] * 4, 0.2, 0.5, [1.0] * 4), target=0.3)
+def test_where_the_target_grows_no_ratio_falls(
+    side: Side, case: own.SubLayers, target: float
+) -> None:
+    low, high = sorted((case.target, target))
+    before, after = (
+        side("mgaa.sublayer_ratios", case.z, case.sizes, p_t, case.alpha, case.highest)
+        for p_t in (low, high)
+    )
+    room = 2 * tolerances.ratios(sum(case.sizes), max(map(abs, case.wanted)) + high)
+    compare.within(
+        f"fall of a ratio, in parameters ({side})",
+        [n * max(0.0, b - a) for n, b, a in zip(case.sizes, before, after, strict=True)],
+        room,
+    )
+
+
+@pytest.mark.spec("mgaa.ratios", "mgaa.highest")
+@both_sides
+@given(case=own.sublayers())
+def test_without_a_spread_every_ratio_is_the_target(side: Side, case: own.SubLayers) -> None:
+    z, sizes, target = case.z, case.sizes, case.target
+    expected = [target] * len(z)
+    assert side("mgaa.sublayer_ratios", z, sizes, target, 0.0, [1.0] * len(z)) == expected
+    bounds = [side("mgaa.highest_ratio", target, 1.0)] * len(z)
+    assert side("mgaa.sublayer_ratios", z, sizes, target, case.alpha, bounds) == expected
+
+
+def start(case: own.Energies) -> int:
+    """Return what the floors hold."""
+    return sum(
+        min(max(1, case.floors[m]) * (d_out + d_in), d_out * d_in)
+        for m, (d_out, d_in) in case.shapes.items()
+    )
+
+
+def common_ranks(side: Side, case: own.Energies, budget: float) -> Ranks:
+    ranks: Ranks = side("mgaa.common_energy_ranks", case.spectra, case.shapes, budget, case.floors)
+    return ranks
+
+
+@pytest.mark.spec("mgaa.ranks", "mgaa.slack", "mgaa.floors")
+@both_sides
+@given(case=own.energies())
+def test_a_budget_of_energies_is_spent_to_one_rank_of_each(side: Side, case: own.Energies) -> None:
+    ranks = common_ranks(side, case, case.budget)
+    assert start(case) <= held(case.shapes, ranks)
+    if start(case) > case.budget:
+        event("out of reach")
+        assert held(case.shapes, ranks) == start(case)
+        return
+    event("dense" if None in ranks.values() else "all factored")
+    left = case.budget - held(case.shapes, ranks)
+    assert left >= 0
+    for m, (d_out, d_in) in case.shapes.items():
+        rank = ranks[m]
+        if rank is not None:
+            assert max(1, case.floors[m]) <= rank
+            assert rank * (d_out + d_in) < d_out * d_in
+            assert left < min(d_out + d_in, d_out * d_in - rank * (d_out + d_in))
+
+
+def least_energy(side: Side, case: own.Energies, ranks: Ranks) -> float:
+    return min(
+        1.0 if rank is None else float(side("mgaa.cumulative_energy", case.spectra[m])[rank - 1])
+        for m, rank in ranks.items()
+    )
+
+
+@pytest.mark.spec("mgaa.ranks")
+@both_sides
+@given(case=own.energies(), more=st.floats(0, 1))
+def test_a_larger_budget_retains_more_of_the_least_energy(
+    side: Side, case: own.Energies, more: float
+) -> None:
+    """Single ranks may fall, of what was left over: all of them by less than one rank together."""
+    total = sum(d_out * d_in for d_out, d_in in case.shapes.values())
+    if start(case) > case.budget:
+        return
+    before = common_ranks(side, case, case.budget)
+    after = common_ranks(side, case, case.budget + more * total)
+    assert least_energy(side, case, after) >= least_energy(side, case, before)
+    lost = [
+        max(0, held({m: shape}, before) - held({m: shape}, after))
+        for m, shape in case.shapes.items()
+    ]
+    event("a rank falls" if any(lost) else "no rank falls")
+    assert sum(lost) < max(map(sum, case.shapes.values()))
+
+
+@pytest.mark.spec("mgaa.ranks", "mgaa.energy")
+@both_sides
+@given(case=own.energies(), exponent=st.integers(-20, 20))
+def test_the_scale_of_a_spectrum_changes_no_rank(
+    side: Side, case: own.Energies, exponent: int
+) -> None:
+    scaled = {m: S * 2.0 ** (exponent + i) for i, (m, S) in enumerate(case.spectra.items())}
+    other = own.Energies(scaled, case.shapes, case.budget, case.floors)
+    assert common_ranks(side, other, case.budget) == common_ranks(side, case, case.budget)
+
+
+@pytest.mark.spec("mgaa.ranks")
+@both_sides
+@given(case=own.energies())
+@example(
+    case=own.Energies(
+        {m: np.zeros(8) for m in "qkv"},
+        dict.fromkeys("qkv", (8, 8)),
+        112.0,
+        dict.fromkeys("qkv", 1),
+    )
+)
+def test_equal_matrices_get_ranks_one_apart_at_most(side: Side, case: own.Energies) -> None:
+    """But where one turns dense, which can cost less than a rank: then two."""
+    names = list(case.shapes)
+    shape, S = case.shapes[names[0]], case.spectra[names[0]]
+    share = case.budget / sum(d_out * d_in for d_out, d_in in case.shapes.values())
+    budget = share * len(names) * shape[0] * shape[1]
+    same = own.Energies(
+        dict.fromkeys(names, S), dict.fromkeys(names, shape), budget, dict.fromkeys(names, 1)
+    )
+    ranks = common_ranks(side, same, budget)
+    full = -(-shape[0] * shape[1] // sum(shape))
+    steps = [full if rank is None else rank for rank in ranks.values()]
+    cheaper = full * sum(shape) > shape[0] * shape[1] and None in ranks.values()
+    event("dense for less than a rank" if cheaper else "one apart")
+    assert max(steps) - min(steps) <= (2 if cheaper else 1)
+    factored = [rank for rank in ranks.values() if rank is not None]
+    assert not factored or max(factored) - min(factored) <= 1
+
+
+@pytest.mark.spec("mgaa.floors")
+@both_sides
+@given(shapes=own.low_rank_shapes(), retained=own.ratios, floor=own.ratios)
+def test_floors_always_fit(side: Side, shapes: Shapes, retained: float, floor: float) -> None:
+    budget = retained * sum(d_out * d_in for d_out, d_in in shapes.values())
+    floors = side("mgaa.rank_floors", shapes, budget, floor)
+    assert sum(rank * sum(shapes[m]) for m, rank in floors.items()) <= budget
+    uniform = side("mgaa.rank_floors", shapes, budget, 1.0)
+    assert all(0 <= floors[m] <= uniform[m] for m in shapes)

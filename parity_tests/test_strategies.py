@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from lorap_reference.budget import break_even_rank, ranks, removed_band
+from lorap_reference.mgaa import common_energy_ranks, cumulative_energy, sublayer_ratios
 from parity_tests import strategies as own
 
 EXAMPLES = 400
@@ -23,6 +24,10 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "outputs": own.output_problems(),
     "bands": st.tuples(own.scores(), own.ratios),
     "budgets": st.tuples(own.low_rank_shapes(), own.ratios, own.allocations),
+    "streams": own.streams(),
+    "similarities": own.similarities(),
+    "sublayers": own.sublayers(),
+    "energies": own.energies(),
     "llamas": own.small_llamas(),
     "heads": own.heads(),
     "masks": st.tuples(own.matrices(), own.ratios),
@@ -226,6 +231,129 @@ BUDGET_EDGES: dict[str, Callable[[Budget], bool]] = {
 @pytest.mark.parametrize("name", BUDGET_EDGES)
 def test_budgets_reach(name: str) -> None:
     assert occurs("budgets", BUDGET_EDGES[name])
+
+
+Streams = tuple[own.Array, own.Array]
+
+
+def zero(tokens: own.Array) -> Any:
+    return ~tokens.any(axis=1)
+
+
+STREAM_EDGES: dict[str, Callable[[Streams], bool]] = {
+    "no token": lambda e: e[0].shape[0] == 0,
+    "one feature": lambda e: e[0].shape[1] == 1 and e[0].any(),
+    "zero before and after": lambda e: bool(np.any(zero(e[0]) & zero(e[1]))),
+    "zero on one side": lambda e: bool(np.any(zero(e[0]) != zero(e[1]))),
+    "unchanged": lambda e: bool(np.any(np.all(e[0] == e[1], axis=1) & ~zero(e[0]))),
+    "squares that overflow": lambda e: np.max(np.abs(e[0]), initial=0) > 1e200,
+    "squares that vanish": lambda e: bool(np.any(np.max(np.abs(e[0][~zero(e[0])]), 1) < 1e-200)),
+}
+
+
+@pytest.mark.parametrize("name", STREAM_EDGES)
+def test_streams_reach(name: str) -> None:
+    assert occurs("streams", STREAM_EDGES[name])
+
+
+SIMILARITY_EDGES: dict[str, Callable[[list[float]], bool]] = {
+    "a single one": lambda e: len(e) == 1,
+    "all equal": lambda e: len(e) > 1 and len(set(e)) == 1,
+    "equal but for rounding": lambda e: 0 < max(e) - min(e) < 2.0**-33,
+    "near the threshold": lambda e: 2.0**-33 < max(e) - min(e) < 2.0**-31,
+    "apart": lambda e: max(e) - min(e) > 0.5,
+}
+
+
+@pytest.mark.parametrize("name", SIMILARITY_EDGES)
+def test_similarities_reach(name: str) -> None:
+    assert occurs("similarities", SIMILARITY_EDGES[name])
+
+
+def some_ratios(case: own.SubLayers, choose: Callable[[float, float], bool]) -> bool:
+    """Tell whether a reachable target leaves a ratio, beside its bound, as `choose` asks."""
+    found = sublayer_ratios(*case.arguments)
+    removed = sum(n * (r - case.target) for n, r in zip(case.sizes, found, strict=True))
+    reached = removed > -1e-6 * sum(case.sizes)
+    return reached and any(choose(r, h) for r, h in zip(found, case.highest, strict=True))
+
+
+SUBLAYER_EDGES: dict[str, Callable[[own.SubLayers], bool]] = {
+    "a single one": lambda e: len(e.z) == 1,
+    "equal scores": lambda e: len(e.z) > 1 and not any(e.z),
+    "nothing to remove": lambda e: e.target == 0,
+    "alpha 0": lambda e: e.alpha == 0 and any(e.z),
+    "out of reach": lambda e: (
+        sum(n * (h - e.target) for n, h in zip(e.sizes, e.highest, strict=True)) < -1e-6
+    ),
+    "clipped at 0": lambda e: e.target > 0 and some_ratios(e, lambda r, h: r == 0 < h),
+    "clipped above": lambda e: some_ratios(e, lambda r, h: r == h > 0),
+    "nothing clipped": lambda e: (
+        len(set(e.wanted)) > 1
+        and some_ratios(e, lambda r, h: 0 < r < h)
+        and not some_ratios(e, lambda r, h: r in (0, h))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUBLAYER_EDGES)
+def test_sublayers_reach(name: str) -> None:
+    assert occurs("sublayers", SUBLAYER_EDGES[name])
+
+
+def energy_ranks(case: own.Energies) -> dict[str, int | None]:
+    return common_energy_ranks(case.spectra, case.shapes, case.budget, case.floors)
+
+
+def spent(case: own.Energies) -> int:
+    return sum(
+        m * n if rank is None else rank * (m + n)
+        for rank, (m, n) in zip(energy_ranks(case).values(), case.shapes.values(), strict=True)
+    )
+
+
+def tie(case: own.Energies) -> bool:
+    """Tell whether two matrices that are not alike retain the same energy, short of all of it."""
+    seen: dict[float, own.Shape] = {}
+    for m, S in case.spectra.items():
+        for c in set(cumulative_energy(S)[:-1].tolist()) - {1.0}:
+            if seen.setdefault(c, case.shapes[m]) != case.shapes[m]:
+                return True
+    return False
+
+
+ENERGY_EDGES: dict[str, Callable[[own.Energies], bool]] = {
+    "a single matrix": lambda e: len(e.shapes) == 1,
+    "all alike": lambda e: len(e.shapes) > 2 and len(set(e.shapes.values())) == 1,
+    "a zero matrix beside another": lambda e: len({bool(S.any()) for S in e.spectra.values()}) == 2,
+    "equal energies": tie,
+    "out of reach": lambda e: spent(e) > e.budget,
+    "all dense": lambda e: not any(energy_ranks(e).values()) and len(e.shapes) > 1,
+    "dense beside factored": lambda e: (
+        {None} < set(energy_ranks(e).values()) and spent(e) <= e.budget
+    ),
+    "a rank at its floor": lambda e: (
+        spent(e) <= e.budget
+        and any(e.floors[m] == rank > 1 for m, rank in energy_ranks(e).items() if rank)
+    ),
+    "a floor past break-even": lambda e: any(
+        e.floors[m] * (d_out + d_in) > d_out * d_in for m, (d_out, d_in) in e.shapes.items()
+    ),
+    "no rank below break-even": lambda e: any(1 in shape for shape in e.shapes.values()),
+}
+
+
+@pytest.mark.parametrize("name", ENERGY_EDGES)
+def test_energies_reach(name: str) -> None:
+    assert occurs("energies", ENERGY_EDGES[name])
+
+
+@given(own.energies())
+def test_spectra_of_energies_are_descending(case: own.Energies) -> None:
+    for m, S in case.spectra.items():
+        assert S.shape == (min(case.shapes[m]),)
+        assert np.all(np.diff(S) <= 0)
+        assert np.all(S >= 0)
 
 
 LLAMA_EDGES: dict[str, Callable[[own.SmallLlama], bool]] = {

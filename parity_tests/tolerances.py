@@ -695,6 +695,58 @@ def retained_energy(terms: int) -> float:
     return 2 * positive_sum(terms + 1)
 
 
+def cosine_sum(tokens: int, features: int) -> float:
+    """Distance of two sums of the cosines of `tokens` tokens of `features` features.
+
+    Each entry is divided once, eps / 2. An inner product of d terms, each a product of two such
+    entries, errs by ``(d + 2) eps / 2`` of the sum of the magnitudes of its terms, which is at most
+    the product of the norms (Cauchy); so does each sum of squares, relatively. Over the root of
+    two of these, which takes half of their relative errors and three roundings more, a cosine errs
+    by ``(d + 4) eps``. It is at most 1, and adding up n of them costs ``n * eps / 2`` of n.
+    """
+    return SECOND_ORDER * tokens * (2 * (features + 4) + tokens) * EPS64
+
+
+def standard_scores(z: Array, deviation: float) -> Array:
+    """Distance of standard scores of cosines from exact ones.
+
+    The mean is at most 1 and rounded twice: it errs by eps, which moves all scores by
+    ``eps / deviation`` and their sum of squares by the square of that alone. The rest, the
+    difference, the product, the sum, the mean, the root (half of the errors before it) and the
+    quotient, are fewer than eight roundings more, relatively.
+    """
+    return np.asarray(SECOND_ORDER * EPS64 * (1 / deviation + 4 * np.abs(z)))
+
+
+def highest_ratio() -> float:
+    """Distance of the largest ratio of a sub-layer: four roundings of numbers of at most 1."""
+    return 2 * EPS64
+
+
+def rank_floor(due: Fraction) -> Fraction:
+    """Distance of a share of a rank, before it is floored: one rounding."""
+    return Fraction(EPS64) * due
+
+
+def ratios(total: int, spread: float) -> float:
+    """Distance in parameters of what the ratios of the sub-layers remove, and of each from exact.
+
+    The shift is the least double that removes enough: at the one before, which is eps of it away,
+    too little is removed. Within that, a ratio errs by eps / 2 in adding the shift, and what it
+    removes by eps / 2 each for the difference from the target, the size, the product and their sum:
+    ``(shift + 4) eps`` in all, and the shift is at most ``1 + spread``. All ratios are off in the
+    same direction, so that the bound holds for the sum of their distances too.
+
+    Parameters
+    ----------
+    total : int
+        Parameters of all sub-layers.
+    spread : float
+        Largest magnitude of ``alpha * z + p_t``.
+    """
+    return SECOND_ORDER * (5 + spread) * EPS64 * total
+
+
 def measured_condition(magnified: float, layers: int, terms: int) -> float:
     """Bound on the distance of the logits after the whole of Algorithm 1.
 

@@ -1,6 +1,7 @@
 """The reference: every equation of LoRAP in NumPy and SciPy, float64, one function per equation.
 
 Written to be read beside the paper (arXiv 2404.09695) and SPEC.md; the paper's letters are kept.
+``mgaa`` belongs to another paper, with letters of its own.
 ``lorap``, the torch path, shares no code with it: the two meet only in ``parity_tests``.
 """
 
@@ -12,6 +13,7 @@ from . import (
     joint,
     llama,
     lowrank,
+    mgaa,
     pca,
     pruning,
     statistics,
@@ -26,6 +28,7 @@ __all__ = [
     "joint",
     "llama",
     "lowrank",
+    "mgaa",
     "pca",
     "pruning",
     "statistics",

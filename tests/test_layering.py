@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STANDARD = {"collections", "dataclasses", "math", "typing", "__future__"}
+STANDARD = {"collections", "dataclasses", "heapq", "math", "typing", "__future__"}
 
 
 def imported(file: Path) -> Iterator[str]:
