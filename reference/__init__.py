@@ -4,11 +4,23 @@ Written to be read beside the paper (arXiv 2404.09695) and SPEC.md; the paper's 
 ``lorap``, the torch path, shares no code with it: the two meet only in ``parity_tests``.
 """
 
-from . import algorithm1, budget, heads, importance, llama, lowrank, pruning, statistics, wanda
+from . import (
+    algorithm1,
+    budget,
+    gradient,
+    heads,
+    importance,
+    llama,
+    lowrank,
+    pruning,
+    statistics,
+    wanda,
+)
 
 __all__ = [
     "algorithm1",
     "budget",
+    "gradient",
     "heads",
     "importance",
     "llama",
