@@ -199,6 +199,22 @@ def forward(
     )
 
 
+def torch_gradients(
+    model: PreTrainedModel, ids: NDArray[np.int64]
+) -> tuple[float, dict[str, Array]]:
+    """Return the mean cross-entropy of the next token and, by autograd, all of its gradients.
+
+    The loss that transformers computes by itself is of float32 logits, whatever the model's dtype.
+    """
+    tokens = torch.from_numpy(ids)
+    logits = model(input_ids=tokens).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    model.zero_grad()
+    loss.backward()
+    gradients = {name: compare.as_array(weight.grad) for name, weight in model.named_parameters()}
+    return loss.item(), gradients
+
+
 def product(tensors: Mapping[str, Any], name: str) -> Array:
     """Return ``L R`` of a factored linear."""
     left = compare.as_array(tensors[f"{name}.left.weight"])

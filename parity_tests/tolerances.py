@@ -690,6 +690,26 @@ def band(whole: Fraction) -> Fraction:
     return 2 * Fraction(EPS64) * whole
 
 
+def central_difference(near: float, far: float, step: float, spread: float) -> float:
+    """Distance of ``(g(h) - g(-h)) / 2h`` from the slope of g at 0.
+
+    To the next order it is ``h^2 / 6`` times the third derivative, of which the slope by twice the
+    step has four times as much: a third of the distance of the two, and all of it covers what is
+    beyond. Each value of g errs by ``CONFIDENCE`` spreads, hence the slope by as much over h, that
+    by twice the step by half of it, and their distance by the sum.
+
+    Parameters
+    ----------
+    near, far : float
+        The slopes by the step and by twice the step.
+    step : float
+        h.
+    spread : float
+        Of the rounding of a value of g.
+    """
+    return abs(far - near) + 2.5 * CONFIDENCE * spread / step
+
+
 def retained_energy(terms: int) -> float:
     """Distance of a share of a sum of squares, at most 1: two sums and a division."""
     return 2 * positive_sum(terms + 1)

@@ -8,6 +8,7 @@ Written to be read beside the paper (arXiv 2404.09695) and SPEC.md; the paper's 
 from . import (
     algorithm1,
     budget,
+    gradient,
     heads,
     importance,
     joint,
@@ -23,6 +24,7 @@ from . import (
 __all__ = [
     "algorithm1",
     "budget",
+    "gradient",
     "heads",
     "importance",
     "joint",

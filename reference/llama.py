@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from .lowrank import low_rank_apply
 
 Array = NDArray[np.float64]
+Ids = NDArray[np.int64]
 Weights = Mapping[str, Array]
+
+EMBEDDINGS, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,25 @@ def linear(weights: Weights, name: str, x: Array) -> Array:
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     """RMSNorm over the last axis: ``gain * x / sqrt(mean(x^2) + eps)``."""
-    return np.asarray(gain * (x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)))
+    y: Array = gain * (x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps))
+    return y
+
+
+def rotary_angles(length: int, dim: int, theta: float) -> tuple[Array, Array]:
+    """Cosine and sine of ``position * theta^(-2 i / dim)``, each ``(length, dim / 2)``."""
+    frequency = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    angle = np.arange(length, dtype=np.float64)[:, None] * frequency[None, :]
+    return np.cos(angle), np.sin(angle)
 
 
 def rotary(x: Array, theta: float) -> Array:
     """Rotary position embedding of ``x``, ``(N, heads, L, head_dim)``, positions 0 to L - 1.
 
     Feature i of the first half and feature i of the second half are turned together by the angle
-    ``position * theta^(-2 i / head_dim)``, the pairing that Hugging Face checkpoints use.
+    of ``rotary_angles``, the pairing that Hugging Face checkpoints use.
     """
     length, dim = x.shape[-2:]
-    frequency = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    angle = np.arange(length, dtype=np.float64)[:, None] * frequency[None, :]
-    cos, sin = np.cos(angle), np.sin(angle)
+    cos, sin = rotary_angles(length, dim, theta)
     first, second = x[..., : dim // 2], x[..., dim // 2 :]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -100,12 +109,50 @@ def rotary(x: Array, theta: float) -> Array:
 def softmax(x: Array) -> Array:
     """Softmax over the last axis, shifted by its maximum."""
     e = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    return np.asarray(e / np.sum(e, axis=-1, keepdims=True))
+    p: Array = e / np.sum(e, axis=-1, keepdims=True)
+    return p
 
 
 def silu(x: Array) -> Array:
     """``x * sigmoid(x)``, the gate's activation in SwiGLU."""
-    return np.asarray(x / (1 + np.exp(-x)))
+    y: Array = x / (1 + np.exp(-x))
+    return y
+
+
+def split_heads(y: Array, heads: int) -> Array:
+    """``(N, L, heads * head_dim)`` as ``(N, heads, L, head_dim)``."""
+    n, length, features = y.shape
+    return y.reshape(n, length, heads, features // heads).transpose(0, 2, 1, 3)
+
+
+def join_heads(y: Array) -> Array:
+    """``(N, heads, L, head_dim)`` as ``(N, L, heads * head_dim)``."""
+    n, heads, length, head_dim = y.shape
+    return y.transpose(0, 2, 1, 3).reshape(n, length, heads * head_dim)
+
+
+def queries_keys_values(
+    weights: Weights, shape: LlamaShape, x: Array
+) -> tuple[Array, Array, Array]:
+    """q, k (both turned by ``rotary``) and v of every query head, ``(N, heads, L, head_dim)``.
+
+    Query head h uses key/value head ``h // (heads / kv_heads)``: the heads that share one follow
+    each other, and k and v are repeated for them.
+    """
+    q = split_heads(linear(weights, "self_attn.q_proj", x), shape.heads)
+    k = split_heads(linear(weights, "self_attn.k_proj", x), shape.kv_heads)
+    v = split_heads(linear(weights, "self_attn.v_proj", x), shape.kv_heads)
+    share = shape.heads // shape.kv_heads
+    k, v = np.repeat(rotary(k, shape.rope_theta), share, axis=1), np.repeat(v, share, axis=1)
+    return rotary(q, shape.rope_theta), k, v
+
+
+def attention_pattern(q: Array, k: Array) -> Array:
+    """Causal softmax of ``q k^T / sqrt(head_dim)``, ``(N, heads, L, L)``, a query per row."""
+    length, head_dim = q.shape[-2:]
+    logits = q @ k.transpose(0, 1, 3, 2) / np.sqrt(head_dim)
+    future = np.triu(np.ones((length, length), dtype=bool), k=1)
+    return softmax(np.where(future, -np.inf, logits))
 
 
 def attention(weights: Weights, shape: LlamaShape, x: Array) -> Array:
@@ -123,22 +170,21 @@ def attention(weights: Weights, shape: LlamaShape, x: Array) -> Array:
     -------
     (N, L, heads * head_dim)
     """
-    n, length, _ = x.shape
+    q, k, v = queries_keys_values(weights, shape, x)
+    return join_heads(attention_pattern(q, k) @ v)
 
-    def split(name: str, heads: int) -> Array:
-        y = linear(weights, f"self_attn.{name}", x)
-        return y.reshape(n, length, heads, shape.head_dim).transpose(0, 2, 1, 3)
 
-    q = rotary(split("q_proj", shape.heads), shape.rope_theta)
-    k = rotary(split("k_proj", shape.kv_heads), shape.rope_theta)
-    v = split("v_proj", shape.kv_heads)
-    share = shape.heads // shape.kv_heads
-    k, v = np.repeat(k, share, axis=1), np.repeat(v, share, axis=1)
+def channels(weights: Weights, x: Array) -> Array:
+    """The channels of the FFN, SwiGLU without down: the input of down, ``(N, L, d_m)``.
 
-    logits = q @ k.transpose(0, 1, 3, 2) / np.sqrt(shape.head_dim)
-    future = np.triu(np.ones((length, length), dtype=bool), k=1)
-    heads = softmax(np.where(future, -np.inf, logits)) @ v
-    return heads.transpose(0, 2, 1, 3).reshape(n, length, shape.heads * shape.head_dim)
+    Parameters
+    ----------
+    weights : mapping
+        Of one layer, names relative to it.
+    x : (N, L, d)
+        Normalised input.
+    """
+    return silu(linear(weights, "mlp.gate_proj", x)) * linear(weights, "mlp.up_proj", x)
 
 
 def layer_forward(weights: Weights, shape: LlamaShape, h: Array) -> LayerTrace:
@@ -160,8 +206,7 @@ def layer_forward(weights: Weights, shape: LlamaShape, h: Array) -> LayerTrace:
     x_o = attention(weights, shape, x_attention)
     h = h + linear(weights, "self_attn.o_proj", x_o)
     x_ffn = rms_norm(h, weights["post_attention_layernorm.weight"], shape.rms_eps)
-    gate = silu(linear(weights, "mlp.gate_proj", x_ffn))
-    x_down = gate * linear(weights, "mlp.up_proj", x_ffn)
+    x_down = channels(weights, x_ffn)
     output = h + linear(weights, "mlp.down_proj", x_down)
     return LayerTrace(attention=x_attention, o=x_o, ffn=x_ffn, down=x_down, output=output)
 
@@ -176,16 +221,25 @@ def layer_weights(weights: Weights, index: int) -> dict[str, Array]:
     }
 
 
-def embed(weights: Weights, ids: NDArray[np.int64]) -> Array:
+def embed(weights: Weights, ids: Ids) -> Array:
     """Embeddings ``(N, L, d)`` of token ids ``(N, L)``."""
-    return np.asarray(weights["model.embed_tokens.weight"], dtype=np.float64)[ids]
+    return np.asarray(weights[EMBEDDINGS], dtype=np.float64)[ids]
 
 
-def logits(weights: Weights, shape: LlamaShape, ids: NDArray[np.int64]) -> Array:
+def head_name(weights: Weights) -> str:
+    """Name of the head's weight; that of the embeddings where the two are tied."""
+    return HEAD if HEAD in weights else EMBEDDINGS
+
+
+def head(weights: Weights, shape: LlamaShape, h: Array) -> Array:
+    """The last norm and the head: logits ``(..., vocabulary)`` of the residual ``(..., d)``."""
+    x = rms_norm(h, np.asarray(weights[FINAL_NORM], dtype=np.float64), shape.rms_eps)
+    return x @ np.asarray(weights[head_name(weights)], dtype=np.float64).T
+
+
+def logits(weights: Weights, shape: LlamaShape, ids: Ids) -> Array:
     """Next-token logits ``(N, L, vocabulary)`` of token ids ``(N, L)``; tied head where none is."""
     h = embed(weights, ids)
     for index in range(shape.layers):
         h = layer_forward(layer_weights(weights, index), shape, h).output
-    h = rms_norm(h, np.asarray(weights["model.norm.weight"], dtype=np.float64), shape.rms_eps)
-    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-    return h @ np.asarray(head, dtype=np.float64).T
+    return head(weights, shape, h)

@@ -344,7 +344,7 @@ def test_head_scores_by_loops(side: Side, aggregation: str) -> None:
 
 @pytest.mark.spec("heads.scores")
 def test_how_a_head_spreads_over_its_channels_does_not_matter_to_l2(side: Side) -> None:
-    """D-204: v turned by a rotation, o turned back; one channel could hold all that the two had."""
+    """D-032: v turned by a rotation, o turned back; one channel could hold all that the two had."""
     v, o = [[3.0, 0.0], [0.0, 4.0]], [[3.0, 0.0], [0.0, 4.0]]
     Q = np.array([[0.6, 0.8], [-0.8, 0.6]])
     none = np.zeros((2, 2))
