@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from lorap.config import CompressionConfig
     from lorap.errors import LorapError, UsageError
     from lorap.evaluation import evaluate_perplexity
-    from lorap.pipeline import compress, compress_checkpoint
-    from lorap.plan import plan_checkpoint
+    from lorap.pipeline import compress, compress_checkpoint, plan_checkpoint
 
 __version__ = "0.1.0"
 
@@ -27,7 +26,7 @@ _EXPORTS = {
     "compress": "lorap.pipeline",
     "compress_checkpoint": "lorap.pipeline",
     "CompressionConfig": "lorap.config",
-    "plan_checkpoint": "lorap.plan",
+    "plan_checkpoint": "lorap.pipeline",
     "evaluate_perplexity": "lorap.evaluation",
     "LorapError": "lorap.errors",
     "UsageError": "lorap.errors",

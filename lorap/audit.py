@@ -805,12 +805,12 @@ def _rounded_forward(
     logits = r(q @ k.transpose(0, 1, 3, 2) / work(np.sqrt(shape.head_dim)))
     p = r(llama.softmax(np.where(future, work(-np.inf), logits)))
     x_o = r(p @ split("v_proj", shape.kv_heads, False)).transpose(0, 2, 1, 3).reshape(n, length, -1)
-    h = r(h + linear("self_attn.o_proj", x_o))
-    x_ffn = rms_norm(h, "post_attention_layernorm")
+    middle = r(h + linear("self_attn.o_proj", x_o))
+    x_ffn = rms_norm(middle, "post_attention_layernorm")
     gate = r(llama.silu(linear("mlp.gate_proj", x_ffn)))
     x_down = r(gate * linear("mlp.up_proj", x_ffn))
-    output = r(h + linear("mlp.down_proj", x_down))
-    return llama.LayerTrace(x_attention, x_o, x_ffn, x_down, output)
+    output = r(middle + linear("mlp.down_proj", x_down))
+    return llama.LayerTrace(x_attention, x_o, middle, x_ffn, x_down, output)
 
 
 @dataclass(frozen=True)
@@ -969,7 +969,7 @@ def _norms(
         x, moved = np.sqrt(squares[kind]), np.sqrt(coarse_squares[kind])
         if not np.isfinite(x).all():
             raise LorapError(f"layers.{index}: an input of a linear holds NaN or inf")
-        name = f"{family.layers_path}.{index}.{kind}"
+        name = f"{family.layers_path}.{index}.{kind}.norms"
         recorded = context.record.norms.get(name)
         if recorded is None or recorded.shape != x.shape:
             raise UsageError(

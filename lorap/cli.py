@@ -23,6 +23,8 @@ import lorap
 from lorap.errors import LorapError, UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from lorap.audit import AuditResult, Check
     from lorap.config import CompressionConfig
     from lorap.demo import DemoResult
@@ -162,18 +164,92 @@ _RatioScope = Annotated[
         show_default="model",
     ),
 ]
+_Mha = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHOD",
+        help="What becomes of attention. Low-rank projections by awsvd (the paper), svd, asvd, pca "
+        "(of the outputs), or afm (pca about the mean); or heads: fewer heads.",
+        show_default="awsvd",
+    ),
+]
+_Ffn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHOD",
+        help="What becomes of the feed-forward blocks. channels: fewer channels (the paper); or "
+        "low-rank projections by awsvd, svd, asvd, pca or afm.",
+        show_default="channels",
+    ),
+]
+_JointQk = Annotated[
+    bool | None,
+    typer.Option(
+        help="Factor q and k together, with one right factor for both.", show_default="no"
+    ),
+]
 _Allocation = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMBER|mgaa|mgaa-between|mgaa-within",
+        help="How the parameters are shared out. A number: those that the factors of v and o get "
+        "for each one of q and k, from 0.001 to 1000. mgaa: measured on the calibration data, "
+        "between sub-layers by the similarity of input and output, within them by a common "
+        "retained energy; or only one of the two.",
+        show_default="3",
+    ),
+]
+_MgaaAlpha = Annotated[
     float | None,
     typer.Option(
-        help="Parameters that the factors of v and o get for each one that those of q and k get, "
-        "from 0.001 to 1000.",
-        show_default="3",
+        help="mgaa: change of a sub-layer's ratio for each standard deviation of its similarity.",
+        show_default="0.35",
+    ),
+]
+_MgaaFloor = Annotated[
+    float | None,
+    typer.Option(
+        help="mgaa: share of its even part that a sub-layer, and a matrix in it, keeps at least.",
+        show_default="0.25",
+    ),
+]
+_Importance = Annotated[
+    str | None,
+    typer.Option(
+        metavar="activation|magnitude|taylor",
+        help="Score of a weight, for channels and heads: its magnitude times the norm of its input "
+        "feature (the paper), its magnitude alone, or its magnitude times that of the gradient.",
+        show_default="activation",
+    ),
+]
+_Aggregation = Annotated[
+    str | None,
+    typer.Option(
+        metavar="l1|l2|linf",
+        help="Norm that puts the scores of a channel's or head's weights together.",
+        show_default="l2",
+    ),
+]
+_Weighting = Annotated[
+    str | None,
+    typer.Option(
+        metavar="eq7|eq6",
+        help="awsvd: weight of an input feature's squared errors: the square of its norm (Eq. 7 of "
+        "the paper) or the norm (Eq. 6 as printed).",
+        show_default="eq7",
+    ),
+]
+_AsvdAlpha = Annotated[
+    float | None,
+    typer.Option(
+        help="asvd: power of a feature's mean magnitude that weights its errors.",
+        show_default="0.5",
     ),
 ]
 _LeastImportant = Annotated[
     float | None,
     typer.Option(
-        help="Share of the feed-forward channels that is kept from the low end of the scores.",
+        help="Share of the channels or heads that is kept from the low end of the scores.",
         show_default="0.01",
     ),
 ]
@@ -208,31 +284,101 @@ _SOURCE = (
 )
 
 
+_Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help=f"Calibration data. {_SOURCE} Text is cut at random into samples, without a BOS "
+        "token; ids are taken as they are. Must be given, here or in the recipe.",
+    ),
+]
+_Field = Annotated[
+    str | None,
+    typer.Option(help="Field of a .jsonl or .parquet file.", show_default="text, else messages"),
+]
+_Samples = Annotated[int | None, typer.Option(help="Calibration samples.", show_default="128")]
+_Seqlen = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens in each sample; MACs are counted for one of them.", show_default="128"
+    ),
+]
+_Seed = Annotated[int | None, typer.Option(help="Seed of the choice of samples.", show_default="0")]
+_BatchSize = Annotated[
+    int | None,
+    typer.Option(help="Samples in one forward.", show_default="about 8192 tokens"),
+]
+_Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|cpu|cuda",
+        help="Where to compute; auto takes the GPU where there is one.",
+        show_default="auto",
+    ),
+]
+_Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="float64, float32, bfloat16 or float16, for the forwards. Decompositions use "
+        "float64; the output keeps the checkpoint's own.",
+        show_default="the checkpoint's own",
+    ),
+]
+
+
 @app.command()
 def plan(
     ctx: typer.Context,
     model: _Model,
     ratio: _Ratio = None,
     ratio_scope: _RatioScope = None,
-    allocation: _Allocation = None,
-    least_important: _LeastImportant = None,
+    mha: _Mha = None,
+    ffn: _Ffn = None,
     sublayers: _Sublayers = None,
-    seqlen: Annotated[
-        int | None,
-        typer.Option(help="Tokens of the sequence that MACs are counted for.", show_default="128"),
+    joint_qk: _JointQk = None,
+    allocation: _Allocation = None,
+    mgaa_alpha: _MgaaAlpha = None,
+    mgaa_floor: _MgaaFloor = None,
+    weighting: _Weighting = None,
+    asvd_alpha: _AsvdAlpha = None,
+    least_important: _LeastImportant = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Calibration data, as compress takes it; needed, and read, where the allocation "
+            "is measured (mgaa).",
+        ),
     ] = None,
+    field: _Field = None,
+    samples: _Samples = None,
+    seqlen: _Seqlen = None,
+    seed: _Seed = None,
+    batch_size: _BatchSize = None,
+    device: _Device = None,
+    dtype: _Dtype = None,
     config: _RecipeFile = None,
     revision: _Revision = None,
     as_json: _Json = False,
 ) -> None:
     """Show the ranks, widths and sizes that a ratio gives.
 
-    Parameters and MACs before and after, per module and in all, from the model's configuration
-    alone: no weights are read.
+    Parameters and MACs before and after, per module and in all. From the model's configuration
+    alone, unless ranks and ratios are to be measured (--allocation mgaa): then the weights are read
+    and run on the calibration data.
     """
     settings, run = _settings(ctx)
     _quieten()
-    made = lorap.plan_checkpoint(model, settings, revision=run.get("revision"))
+    with _stdout_kept(as_json), _progress("layers") as progress:
+        made = lorap.plan_checkpoint(
+            model,
+            settings,
+            calibration=run.get("calibration"),
+            field=run.get("field"),
+            revision=run.get("revision"),
+            progress=progress,
+        )
     if as_json:
         _print_json(made.to_dict())
     else:
@@ -252,71 +398,27 @@ def compress(
             "here or in the recipe.",
         ),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help=f"Calibration data. {_SOURCE} Text is cut at random into samples, without a BOS "
-            "token; ids are taken as they are. Must be given, here or in the recipe.",
-        ),
-    ] = None,
-    field: Annotated[
-        str | None,
-        typer.Option(
-            help="Field of a .jsonl or .parquet file.", show_default="text, else messages"
-        ),
-    ] = None,
+    calibration: _Calibration = None,
+    field: _Field = None,
     ratio_scope: _RatioScope = None,
-    allocation: _Allocation = None,
-    least_important: _LeastImportant = None,
-    aggregation: Annotated[
-        str | None,
-        typer.Option(
-            metavar="l1|l2|linf",
-            help="Norm that puts the scores of a channel's weights together.",
-            show_default="l2",
-        ),
-    ] = None,
-    weighting: Annotated[
-        str | None,
-        typer.Option(
-            metavar="eq7|eq6",
-            help="Weight of an input feature's squared errors in the low-rank fit: the square of "
-            "its norm (Eq. 7 of the paper) or the norm (Eq. 6 as printed).",
-            show_default="eq7",
-        ),
-    ] = None,
+    mha: _Mha = None,
+    ffn: _Ffn = None,
     sublayers: _Sublayers = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Calibration samples.", show_default="128")
-    ] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens in each sample.", show_default="128")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the choice of samples.", show_default="0")
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Samples in one forward.", show_default="about 8192 tokens"),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="auto|cpu|cuda",
-            help="Where to compute; auto takes the GPU where there is one.",
-            show_default="auto",
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DTYPE",
-            help="float64, float32, bfloat16 or float16, for the forwards. Decompositions use "
-            "float64; the output keeps the checkpoint's own.",
-            show_default="the checkpoint's own",
-        ),
-    ] = None,
+    joint_qk: _JointQk = None,
+    allocation: _Allocation = None,
+    mgaa_alpha: _MgaaAlpha = None,
+    mgaa_floor: _MgaaFloor = None,
+    weighting: _Weighting = None,
+    asvd_alpha: _AsvdAlpha = None,
+    importance: _Importance = None,
+    aggregation: _Aggregation = None,
+    least_important: _LeastImportant = None,
+    samples: _Samples = None,
+    seqlen: _Seqlen = None,
+    seed: _Seed = None,
+    batch_size: _BatchSize = None,
+    device: _Device = None,
+    dtype: _Dtype = None,
     revision: _Revision = None,
     config: _RecipeFile = None,
     allow_bin: Annotated[
@@ -381,12 +483,7 @@ def evaluate(
     seqlen: Annotated[
         int, typer.Option(help="Tokens in a chunk: 128 in the paper, 2048 elsewhere.")
     ] = 128,
-    field: Annotated[
-        str | None,
-        typer.Option(
-            help="Field of a .jsonl or .parquet file.", show_default="text, else messages"
-        ),
-    ] = None,
+    field: _Field = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Chunks in one forward.", show_default="about 4096 tokens")
     ] = None,
@@ -663,6 +760,8 @@ def _print_plan(plan: Plan) -> None:
     if not console.is_terminal:
         console.width = 100
     console.print(table)
+    if any(ratios != plan.ratios()[0] for ratios in plan.ratios()):
+        console.print(_ratio_table(plan))
     scope = "all parameters" if plan.ratio_scope == "model" else "the layers' parameters"
     asked = "none asked" if plan.ratio is None else f"{plan.ratio:.2%} of {scope} asked"
     typer.echo(f"ratio       {plan.achieved_ratio:.2%} of all parameters removed; {asked}")
@@ -673,6 +772,20 @@ def _print_plan(plan: Plan) -> None:
         f"MACs        {_short(plan.macs_before)} -> {_short(plan.macs)} "
         f"for one sequence of {plan.tokens} tokens"
     )
+
+
+def _ratio_table(plan: Plan) -> Table:
+    """Return the share that each sub-layer loses, as a table by layer."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("layer")
+    for heading in ("attention removed", "feed-forward removed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for index, ratios in enumerate(plan.ratios()):
+        table.add_row(str(index), *(f"{ratios[name]:.2%}" for name in ("mha", "ffn")))
+    return table
 
 
 def _groups(layers: Sequence[LayerPlan]) -> list[tuple[str, LayerPlan]]:
@@ -699,6 +812,8 @@ def _spans(indices: Sequence[int]) -> str:
 
 
 def _becomes(module: ModulePlan) -> str:
+    if module.kind == "heads":
+        return f"kv heads {module.kv_heads}"
     if module.rank is not None:
         return f"rank {module.rank}"
     return f"width {module.width}" if module.kind == "channels" else "as it is"

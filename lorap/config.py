@@ -17,8 +17,13 @@ from lorap.errors import UsageError
 
 RatioScope = Literal["model", "layer"]
 Sublayer = Literal["mha", "ffn"]
+LowRankMethod = Literal["awsvd", "svd", "asvd", "pca", "afm"]
+MhaMethod = Literal["awsvd", "svd", "asvd", "pca", "afm", "heads"]
+FfnMethod = Literal["channels", "awsvd", "svd", "asvd", "pca", "afm"]
+Importance = Literal["activation", "magnitude", "taylor"]
 Aggregation = Literal["l1", "l2", "linf"]
 Weighting = Literal["eq7", "eq6"]
+MgaaAllocation = Literal["mgaa", "mgaa-between", "mgaa-within"]
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 
@@ -30,7 +35,7 @@ LARGEST_ALLOCATION = 1000.0
 class Override:
     """A setting of its own for the modules that a pattern names.
 
-    Exactly one of `skip`, `ratio`, `rank` and `width` is given.
+    Exactly one of `skip`, `ratio`, `rank`, `width` and `kv_heads` is given.
 
     Attributes
     ----------
@@ -43,9 +48,11 @@ class Override:
     ratio : float
         Share of the modules' parameters to remove.
     rank : int
-        Rank of attention projections.
+        Rank of projections.
     width : int
         Channels of feed-forward blocks.
+    kv_heads : int
+        Key/value heads of attention blocks whose heads are pruned.
     """
 
     match: str
@@ -53,6 +60,7 @@ class Override:
     ratio: float | None = None
     rank: int | None = None
     width: int | None = None
+    kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         where = f"override {self.match!r}"
@@ -62,17 +70,17 @@ class Override:
             raise UsageError(f"{where}: expected true or false under skip, got {self.skip!r}")
         given = [
             name
-            for name in ("skip", "ratio", "rank", "width")
+            for name in ("skip", "ratio", "rank", "width", "kv_heads")
             if getattr(self, name) not in (None, False)
         ]
         if len(given) != 1:
             raise UsageError(
-                f"{where}: expected exactly one of skip: true, ratio, rank and width, "
+                f"{where}: expected exactly one of skip: true, ratio, rank, width and kv_heads, "
                 f"got {', '.join(given) or 'none'}"
             )
         if self.ratio is not None:
             object.__setattr__(self, "ratio", _ratio(self.ratio, where))
-        for name in ("rank", "width"):
+        for name in ("rank", "width", "kv_heads"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _int(f"{where}: {name}", value, 1))
@@ -90,14 +98,31 @@ class CompressionConfig:
     ratio_scope : {"model", "layer"}
         Whether `ratio` is of all parameters (App. C.1 turns it into the layer ratio) or of the
         compressible ones of each layer.
-    allocation : float
-        Parameters of v and o against those of q and k (Section 3.2), from 0.001 to 1000.
+    mha : {"awsvd", "svd", "asvd", "pca", "afm", "heads"}
+        What becomes of attention: low-rank projections by the method named, or fewer heads.
+    ffn : {"channels", "awsvd", "svd", "asvd", "pca", "afm"}
+        What becomes of the feed-forward blocks: fewer channels, or low-rank projections.
+    joint_qk : bool
+        Factor q and k together, with one right factor for both.
+    allocation : float or {"mgaa", "mgaa-between", "mgaa-within"}
+        Parameters of v and o against those of q and k (Section 3.2), from 0.001 to 1000; or as
+        MGAA has it: ratios by the similarity of a sub-layer's input and output (between), ranks
+        by a common retained energy (within), or both.
+    mgaa_alpha : float
+        How far MGAA's ratios spread, in standard deviations of the similarity; at least 0.
+    mgaa_floor : float
+        Share of its even part that a sub-layer, and a matrix, keeps at least, from 0 to 1.
+    importance : {"activation", "magnitude", "taylor"}
+        Score of a single weight, for channels and heads: its magnitude times the norm of its input
+        (Eq. 1), its magnitude, or its magnitude times that of the loss's gradient.
     least_important : float
         Share of least important channels that is kept (Eq. 11).
     aggregation : {"l2", "l1", "linf"}
         How the scores of a channel's weights are put together (Eq. 8).
     weighting : {"eq7", "eq6"}
         Whether the squared errors are weighted by the squared norms (Eq. 7) or the norms (Eq. 6).
+    asvd_alpha : float
+        Power of the mean magnitude that weights a feature in ``asvd``; at least 0.
     sublayers : tuple of {"mha", "ffn"}
         Sub-layers to compress; a text such as ``mha,ffn`` and a list are taken too.
     samples, seqlen : int
@@ -116,15 +141,23 @@ class CompressionConfig:
     Raises
     ------
     UsageError
-        If a value is out of range; the message names the option.
+        If a value is out of range, or has no effect beside the others; the message names the
+        option.
     """
 
     ratio: float | None = None
     ratio_scope: RatioScope = "model"
-    allocation: float = 3.0
+    mha: MhaMethod = "awsvd"
+    ffn: FfnMethod = "channels"
+    joint_qk: bool = False
+    allocation: float | MgaaAllocation = 3.0
+    mgaa_alpha: float = 0.35
+    mgaa_floor: float = 0.25
+    importance: Importance = "activation"
     least_important: float = 0.01
     aggregation: Aggregation = "l2"
     weighting: Weighting = "eq7"
+    asvd_alpha: float = 0.5
     sublayers: tuple[Sublayer, ...] = ("mha", "ffn")
     samples: int = 128
     seqlen: int = 128
@@ -141,12 +174,19 @@ class CompressionConfig:
         if self.ratio is not None:
             store("ratio", _ratio(self.ratio, "ratio"))
         _check_choice("ratio_scope", self.ratio_scope, get_args(RatioScope))
-        store("allocation", _number("allocation", self.allocation))
-        if not 1 / LARGEST_ALLOCATION <= self.allocation <= LARGEST_ALLOCATION:
-            raise UsageError(
-                f"allocation: expected a number from {1 / LARGEST_ALLOCATION:g} to "
-                f"{LARGEST_ALLOCATION:g}, got {self.allocation!r}"
-            )
+        _check_choice("mha", self.mha, get_args(MhaMethod))
+        _check_choice("ffn", self.ffn, get_args(FfnMethod))
+        _check_choice("importance", self.importance, get_args(Importance))
+        if type(self.joint_qk) is not bool:
+            raise UsageError(f"joint_qk: expected true or false, got {self.joint_qk!r}")
+        store("allocation", _allocation(self.allocation))
+        for name in ("mgaa_alpha", "asvd_alpha"):
+            store(name, _number(name, getattr(self, name)))
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name}: expected at least 0, got {getattr(self, name)!r}")
+        store("mgaa_floor", _number("mgaa_floor", self.mgaa_floor))
+        if not 0 <= self.mgaa_floor <= 1:
+            raise UsageError(f"mgaa_floor: expected a share from 0 to 1, got {self.mgaa_floor!r}")
         store("least_important", _number("least_important", self.least_important))
         if not 0 <= self.least_important < 1:
             raise UsageError(
@@ -174,6 +214,74 @@ class CompressionConfig:
         for override in given:
             if not isinstance(override, Override):
                 raise UsageError(f"overrides: expected Override, got {override!r}")
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        """Refuse what nothing would obey."""
+        methods = {getattr(self, sublayer) for sublayer in self.sublayers}
+        pruned = methods & {"channels", "heads"}
+        low_rank = methods & set(get_args(LowRankMethod))
+        attention = "mha" in self.sublayers and self.mha != "heads"
+        numeric = isinstance(self.allocation, float)
+        needed = {
+            "mha": ("mha" in self.sublayers, "mha among the sublayers"),
+            "ffn": ("ffn" in self.sublayers, "ffn among the sublayers"),
+            "joint_qk": (attention, "low-rank attention"),
+            "allocation": (
+                attention if numeric else bool(low_rank) or self.measures_similarity,
+                "low-rank attention" if numeric else "a low-rank method",
+            ),
+            "mgaa_alpha": (self.measures_similarity, "allocation mgaa or mgaa-between"),
+            "mgaa_floor": (not numeric, "allocation mgaa, mgaa-between or mgaa-within"),
+            "importance": (bool(pruned), "ffn channels or mha heads"),
+            "least_important": (bool(pruned), "ffn channels or mha heads"),
+            "aggregation": (bool(pruned), "ffn channels or mha heads"),
+            "weighting": ("awsvd" in methods, "mha or ffn awsvd"),
+            "asvd_alpha": ("asvd" in methods, "mha or ffn asvd"),
+        }
+        for field_ in dataclasses.fields(self):
+            value = getattr(self, field_.name)
+            obeyed, what = needed.get(field_.name, (True, ""))
+            if value != field_.default and not obeyed:
+                raise UsageError(f"{field_.name} {value}: has no effect without {what}")
+
+    @property
+    def measures_similarity(self) -> bool:
+        """Whether the sub-layers' ratios come from the similarity of their inputs and outputs."""
+        return self.allocation in ("mgaa", "mgaa-between")
+
+    @property
+    def pruned_sublayers(self) -> tuple[Sublayer, ...]:
+        """Sub-layers that lose channels or heads."""
+        return tuple(s for s in self.sublayers if getattr(self, s) in ("channels", "heads"))
+
+    @property
+    def energy_sublayers(self) -> tuple[Sublayer, ...]:
+        """Sub-layers whose ranks come from the retained energy of all their matrices."""
+        if self.allocation not in ("mgaa", "mgaa-within"):
+            return ()
+        return tuple(s for s in self.sublayers if s not in self.pruned_sublayers)
+
+    @property
+    def measures_gradients(self) -> bool:
+        """Whether the gradient of the loss is asked for."""
+        return self.importance == "taylor"
+
+    @property
+    def measures(self) -> bool:
+        """Whether a pass over the uncompressed model comes before the plan."""
+        return self.measures_similarity or bool(self.energy_sublayers) or self.measures_gradients
+
+    def without_measurements(self) -> CompressionConfig:
+        """Return the same with MGAA's allocation replaced by the default one."""
+        if isinstance(self.allocation, float):
+            return self
+        return dataclasses.replace(
+            self,
+            allocation=CompressionConfig.allocation,
+            mgaa_alpha=CompressionConfig.mgaa_alpha,
+            mgaa_floor=CompressionConfig.mgaa_floor,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for the report."""
@@ -281,7 +389,14 @@ def _parse_yaml(text: str, path: str | Path) -> object:
         raise UsageError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from error
 
 
-_NUMBER_KEYS = ("ratio", "allocation", "least_important")
+_NUMBER_KEYS = (
+    "ratio",
+    "allocation",
+    "least_important",
+    "mgaa_alpha",
+    "mgaa_floor",
+    "asvd_alpha",
+)
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,6 +447,24 @@ def _check_keys(where: str, content: Mapping[Any, Any], valid: Sequence[str]) ->
             f"the nearest valid one is {nearest[0]!r}" if nearest else f"valid: {', '.join(valid)}"
         )
         raise UsageError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _allocation(value: object) -> float | str:
+    """Return a weight of v and o against q and k, or the name of another way to allocate."""
+    names = get_args(MgaaAllocation)
+    if value in names:
+        return str(value)
+    expected = (
+        f"a number from {1 / LARGEST_ALLOCATION:g} to {LARGEST_ALLOCATION:g}, or one of "
+        f"{', '.join(names)}"
+    )
+    try:
+        number = float(value) if isinstance(value, str) else _number("allocation", value)
+    except (UsageError, ValueError):
+        raise UsageError(f"allocation: expected {expected}, got {value!r}") from None
+    if not 1 / LARGEST_ALLOCATION <= number <= LARGEST_ALLOCATION:
+        raise UsageError(f"allocation: expected {expected}, got {value!r}")
+    return number
 
 
 def _ratio(value: object, where: str) -> float:

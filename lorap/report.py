@@ -10,7 +10,7 @@ import torch
 from lorap.checkpoint.files import CALIBRATION
 from lorap.config import CompressionConfig
 from lorap.data.calibration import Calibration
-from lorap.plan import Plan
+from lorap.plan import Measurements, Plan
 from lorap.runtime import peak_memory, versions
 
 FORMAT_VERSION = 1
@@ -22,6 +22,7 @@ def make_report(
     revision: str | None,
     config: CompressionConfig,
     plan: Plan,
+    measurements: Measurements,
     calibration: Calibration,
     layers: Sequence[tuple[Mapping[str, Any], float]],
     device: torch.device,
@@ -38,9 +39,11 @@ def make_report(
         Of a model on the hub.
     config : CompressionConfig
     plan : Plan
+    measurements : Measurements
+        That the plan was made from; empty where nothing was measured.
     calibration : Calibration
     layers : sequence of (modules, seconds)
-        One pair per decoder layer, as in ``pipeline.LayerResult``.
+        One pair per decoder layer, as in ``pipeline.layers.LayerResult``.
     device : torch.device
         Where it was computed.
     seconds : float
@@ -70,7 +73,17 @@ def make_report(
             "fingerprint": calibration.fingerprint,
             "file": CALIBRATION,
         },
-        "layers": [{"seconds": spent, "modules": dict(modules)} for modules, spent in layers],
+        "layers": [
+            {
+                "seconds": spent,
+                "ratios": ratios,
+                "similarities": measurements.similarities_of(index),
+                "modules": dict(modules),
+            }
+            for index, ((modules, spent), ratios) in enumerate(
+                zip(layers, plan.ratios(), strict=True)
+            )
+        ],
         "device": str(device),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(device),

@@ -520,7 +520,7 @@ def test_a_damaged_file(
 def test_norms_of_another_shape(plain_pair: tuple[Path, Path], tmp_path: Path) -> None:
     def tamper(folder: Path) -> None:
         norms = load_file(folder / STATISTICS)
-        norms["model.layers.0.ffn"] = norms["model.layers.0.ffn"][1:].clone()
+        norms["model.layers.0.ffn.norms"] = norms["model.layers.0.ffn.norms"][1:].clone()
         save_file(norms, folder / STATISTICS)
 
     with pytest.raises(UsageError, match=r"model\.layers\.0\.ffn of shape \(32,\)"):

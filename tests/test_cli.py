@@ -91,10 +91,13 @@ def test_every_setting_is_an_option_or_a_list_in_the_recipe() -> None:
 def test_defaults_in_the_help_are_those_of_the_settings() -> None:
     shown = {p.name: p.show_default for p in COMMANDS["compress"].params}
     defaults = CompressionConfig()
-    for name in ("ratio_scope", "aggregation", "weighting", "samples", "seqlen", "seed", "device"):
+    for name in ("ratio_scope", "mha", "ffn", "importance", "aggregation", "weighting", "device"):
+        assert shown[name] == getattr(defaults, name)
+    for name in ("samples", "seqlen", "seed"):
         assert shown[name] == str(getattr(defaults, name))
-    assert float(shown["allocation"]) == defaults.allocation
-    assert float(shown["least_important"]) == defaults.least_important
+    for name in ("allocation", "least_important", "asvd_alpha", "mgaa_alpha", "mgaa_floor"):
+        assert float(shown[name]) == getattr(defaults, name)
+    assert (shown["joint_qk"], defaults.joint_qk) == ("no", False)
     assert shown["sublayers"] == ",".join(defaults.sublayers)
 
 
@@ -148,9 +151,10 @@ def test_plan_of_llama_7b_is_the_table_of_the_authors(tmp_path: Path) -> None:
     transformers.LlamaConfig().save_pretrained(tmp_path)
     words = ("plan", tmp_path, "--ratio", 0.2, "--ratio-scope", "layer")
     shown = json.loads(run(*words, "--json").stdout)
-    assert shown["layers"][0]["self_attn.q_proj"]["rank"] == 1228
-    assert shown["layers"][31]["self_attn.v_proj"]["kind"] == "dense"
-    assert shown["layers"][31]["mlp"]["width"] == 8807
+    layers = [layer["modules"] for layer in shown["layers"]]
+    assert layers[0]["self_attn.q_proj"]["rank"] == 1228
+    assert layers[31]["self_attn.v_proj"]["kind"] == "dense"
+    assert layers[31]["mlp"]["width"] == 8807
     assert round(shown["achieved_ratio"], 4) == 0.1922
     table = run(*words).stdout
     assert "0-31" in table
@@ -217,28 +221,61 @@ def test_json_is_the_report_and_alone_on_stdout(model: Path, ids: Path, tmp_path
     )
 
 
-def test_every_option_reaches_the_report(model: Path, ids: Path, tmp_path: Path) -> None:
-    options = {
+OPTIONS: list[dict[str, Any]] = [
+    {
         "ratio": 0.25,
         "ratio_scope": "layer",
         "allocation": 2.0,
-        "least_important": 0.05,
-        "aggregation": "l1",
         "weighting": "eq6",
         "sublayers": "mha",
+        "joint_qk": True,
         "samples": 3,
         "seqlen": 8,
         "seed": 7,
         "batch_size": 2,
         "device": "cpu",
         "dtype": "float64",
-    }
-    words = [w for name, v in options.items() for w in (f"--{name.replace('_', '-')}", v)]
+    },
+    {
+        "mha": "heads",
+        "least_important": 0.05,
+        "aggregation": "l1",
+        "importance": "taylor",
+    },
+    {
+        "mha": "pca",
+        "ffn": "asvd",
+        "asvd_alpha": 1.0,
+        "allocation": "mgaa",
+        "mgaa_alpha": 0.2,
+        "mgaa_floor": 0.5,
+    },
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_reaches_the_report(
+    options: dict[str, Any], model: Path, ids: Path, tmp_path: Path
+) -> None:
+    small = {"ratio": 0.3, "samples": 4, "seqlen": 16, "dtype": "float32", "device": "cpu"}
+    options = small | options
+    words = [
+        word
+        for name, value in options.items()
+        for word in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))
+    ]
     run("compress", model, "--output", tmp_path / "o", "--calibration", ids, *words)
     settings = json.loads((tmp_path / "o" / "lorap_report.json").read_text())["settings"]
-    assert settings == options | {"sublayers": ["mha"], "overrides": []}
+    if "sublayers" in options:
+        options["sublayers"] = options["sublayers"].split(",")
+    assert settings == CompressionConfig().to_dict() | options
     weights = load_file(tmp_path / "o" / "model-00001-of-00004.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_the_options_above_are_all_that_there_are() -> None:
+    given = {name for options in OPTIONS for name in options}
+    assert given == set(CompressionConfig.__dataclass_fields__) - {"overrides"}
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
@@ -399,9 +436,9 @@ def test_a_signal_ends_a_run_and_leaves_nothing(
     number: signal.Signals, model: Path, ids: Path, tmp_path: Path
 ) -> None:
     code = (
-        "import time, lorap.pipeline as pipeline\n"
+        "import time, lorap.pipeline.factors as factors\n"
         "def wait(*args):\n    print('computing', flush=True)\n    time.sleep(60)\n"
-        "pipeline.awsvd = wait\n"
+        "factors.awsvd = wait\n"
         "from lorap.cli import main\nmain()\n"
     )
     words = ["compress", model, "--ratio", 0.3, "--output", tmp_path / "o", "--calibration", ids]

@@ -454,7 +454,7 @@ def test_an_interrupt_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    target = {"reading": "load_calibration", "computing": "awsvd"}[moment]
+    target = {"reading": "on_disk.load_calibration", "computing": "factors.awsvd"}[moment]
     monkeypatch.setattr(f"lorap.pipeline.{target}", interrupt)
     fails(bench.arguments(), 130, "interrupted")
     nothing_written(bench)
@@ -474,7 +474,7 @@ def test_a_full_disk_or_memory_is_a_sentence(
     def refuse(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("lorap.pipeline.awsvd", refuse)
+    monkeypatch.setattr("lorap.pipeline.factors.awsvd", refuse)
     fails(bench.arguments(), 1, *fragments)
     nothing_written(bench)
 
@@ -483,7 +483,7 @@ def test_a_defect_is_not_hidden(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("lorap.pipeline.awsvd", fail)
+    monkeypatch.setattr("lorap.pipeline.factors.awsvd", fail)
     result = CliRunner().invoke(app, bench.arguments())
     assert isinstance(result.exception, RuntimeError)
     nothing_written(bench)

@@ -24,11 +24,12 @@ from transformers import (
 )
 
 import lorap
-from lorap import CompressionConfig, UsageError, pipeline
+from lorap import CompressionConfig, UsageError
 from lorap.audit import audit
 from lorap.families import FAMILIES, Family, modeling_lorap
 from lorap.families.base import JOINT
 from lorap.families.fused import join, split
+from lorap.pipeline import in_memory
 from tests.tiny_models import (
     FAMILY_FIELDS,
     randomise_,
@@ -263,7 +264,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         folder / "original", folder / "out", config, calibration=str(folder / "ids.npy")
     )
     outputs: list[torch.Tensor] = []
-    real = pipeline.compress_layers
+    real = in_memory.compress_layers
 
     def recording(*args: Any, **kwargs: Any) -> Iterator[Any]:
         for layer in real(*args, **kwargs):
@@ -271,10 +272,10 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             yield layer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "compress_layers", recording)
-        in_memory = lorap.compress(original, config, calibration=IDS)
+        patch.setattr(in_memory, "compress_layers", recording)
+        compressed = lorap.compress(original, config, calibration=IDS)
     return Written(
-        FAMILIES[request.param], original, in_memory, folder / "out", report, torch.cat(outputs)
+        FAMILIES[request.param], original, compressed, folder / "out", report, torch.cat(outputs)
     )
 
 

@@ -26,16 +26,24 @@ from typer.testing import CliRunner
 
 from lorap import cli
 from lorap.checkpoint.reader import CheckpointReader
+from lorap.pipeline.forward import Decoder
 from tests.tiny_models import save_tiny_checkpoint
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 COVERED = {
     "ratio",
     "ratio_scope",
+    "mha",
+    "ffn",
+    "joint_qk",
     "allocation",
+    "mgaa_alpha",
+    "mgaa_floor",
+    "importance",
     "least_important",
     "aggregation",
     "weighting",
+    "asvd_alpha",
     "sublayers",
     "samples",
     "seqlen",
@@ -60,11 +68,19 @@ class Written:
     norms: dict[str, Tensor]
     layers: list[dict[str, dict[str, int]]]
 
+    def product(self, name: str, layer: int = 0) -> Tensor:
+        """The product of a linear's factors, in float64."""
+        prefix = f"model.layers.{layer}.{name}"
+        return (
+            self.weights[f"{prefix}.left.weight"].double()
+            @ self.weights[f"{prefix}.right.weight"].double()
+        )
+
     def ranks(self, projection: str) -> list[int]:
         return [layer[f"self_attn.{projection}"]["rank"] for layer in self.layers]
 
     def widths(self) -> list[int]:
-        return [layer["mlp"]["width"] for layer in self.layers]
+        return [layer.get("mlp", {"width": 48})["width"] for layer in self.layers]
 
 
 @dataclass(frozen=True)
@@ -160,6 +176,113 @@ def test_allocation_shares_the_ranks_out(bench: Bench, base: Written) -> None:
     assert all(even.ranks(projection) == even.ranks("q_proj") for projection in ATTENTION)
     assert base.ranks("v_proj") == [3 * rank for rank in base.ranks("q_proj")]
     assert even.widths() == base.widths()
+
+
+def test_mha_is_the_method_for_attention(bench: Bench, base: Written) -> None:
+    found = {"awsvd": base}
+    for method in ("svd", "asvd", "pca", "afm"):
+        found[method] = bench.compress("--mha", method)
+        assert found[method].ranks("q_proj") == base.ranks("q_proj")
+        assert same(found[method].weights, base.weights, "layers.0.mlp")
+    products = [written.product("self_attn.q_proj") for written in found.values()]
+    for index, product in enumerate(products):
+        for other in products[:index]:
+            assert torch.linalg.norm(product - other) > 1e-3 * torch.linalg.norm(other)
+    assert "model.layers.0.self_attn.q_proj.left.bias" in found["afm"].weights
+    heads = bench.compress("--mha", "heads")
+    assert all(layer["self_attn"]["kv_heads"] == 3 for layer in heads.layers)
+    assert heads.weights["model.layers.0.self_attn.v_proj.weight"].shape == (24, 32)
+
+
+def test_ffn_is_the_method_for_feed_forward_blocks(bench: Bench, base: Written) -> None:
+    for method in ("awsvd", "svd", "asvd", "pca", "afm"):
+        written = bench.compress("--ffn", method)
+        assert same(written.weights, base.weights, "layers.0.self_attn")
+        for layer in written.layers:
+            assert {name for name in layer if "mlp" in name} == {
+                "mlp.gate_proj",
+                "mlp.up_proj",
+                "mlp.down_proj",
+            }
+        biased = "model.layers.0.mlp.up_proj.left.bias" in written.weights
+        assert biased == (method == "afm")
+
+
+def test_joint_qk_shares_a_right_factor(bench: Bench, base: Written) -> None:
+    written = bench.compress("--joint-qk")
+    assert all("self_attn.qk_proj" in layer for layer in written.layers)
+    rank = written.layers[0]["self_attn.qk_proj"]["rank"]
+    assert written.weights["model.layers.0.self_attn.qk_right.weight"].shape == (rank, 32)
+    assert rank > base.ranks("q_proj")[0], "one right factor less is paid for"
+
+
+def test_allocation_by_measurement_gives_each_layer_its_own(bench: Bench, base: Written) -> None:
+    size = sum(t.numel() for t in base.weights.values())
+    for how in ("mgaa", "mgaa-between", "mgaa-within"):
+        written = bench.compress("--allocation", how, "--mha", "pca", "--ffn", "pca")
+        ranks = [tuple(entry["rank"] for entry in layer.values()) for layer in written.layers]
+        assert len(set(ranks)) == 3
+        assert sum(t.numel() for t in written.weights.values()) == pytest.approx(size, rel=0.02)
+        measured = {name.rpartition(".")[2] for name in written.norms}
+        assert ("similarity" in measured) == (how != "mgaa-within")
+        assert ("spectrum" in measured) == (how != "mgaa-between")
+
+
+def test_mgaa_alpha_spreads_the_ratios(bench: Bench) -> None:
+    widths = []
+    for alpha in (0, 0.1, 0.35):
+        written = bench.compress("--allocation", "mgaa", "--mgaa-alpha", alpha)
+        widths.append(written.widths())
+    spread = [max(found) - min(found) for found in widths]
+    assert spread[0] == 0 < spread[1] < spread[2]
+
+
+def test_mgaa_floor_keeps_every_module_above_it(bench: Bench) -> None:
+    words = ["--allocation", "mgaa", "--mgaa-alpha", 3]
+    low = bench.compress(*words, "--mgaa-floor", 0.1).widths()
+    high = bench.compress(*words, "--mgaa-floor", 0.9).widths()
+    assert min(low) < min(high)
+
+
+def test_importance_chooses_other_channels(bench: Bench, base: Written) -> None:
+    found = [base] + [bench.compress("--importance", way) for way in ("magnitude", "taylor")]
+    for index, other in ((0, 1), (0, 2), (1, 2)):
+        assert same(found[index].weights, found[other].weights, "layers.0.self_attn")
+        assert not same(found[index].weights, found[other].weights, "layers.0.mlp")
+
+
+def test_asvd_alpha_weights_the_features(bench: Bench) -> None:
+    flat, steep = (bench.compress("--mha", "asvd", "--asvd-alpha", a) for a in (0, 2))
+    plain = bench.compress("--mha", "svd")
+    torch.testing.assert_close(
+        flat.product("self_attn.q_proj"), plain.product("self_attn.q_proj"), atol=1e-5, rtol=1e-4
+    )
+    assert not same(steep.weights, flat.weights, "layers.0.self_attn.q_proj")
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        (["--weighting", "eq6", "--mha", "svd"], "awsvd"),
+        (["--asvd-alpha", 1], "asvd"),
+        (["--joint-qk", "--mha", "heads"], "low-rank attention"),
+        (["--joint-qk", "--sublayers", "ffn"], "low-rank attention"),
+        (["--importance", "taylor", "--ffn", "svd"], "ffn channels or mha heads"),
+        (["--aggregation", "l1", "--sublayers", "mha"], "ffn channels or mha heads"),
+        (["--mgaa-alpha", 0.1], "allocation mgaa"),
+        (["--mgaa-alpha", 0.1, "--allocation", "mgaa-within"], "allocation mgaa"),
+        (["--allocation", "mgaa-within", "--mha", "heads"], "a low-rank method"),
+        (["--allocation", 2, "--mha", "heads"], "low-rank attention"),
+        (["--mha", "svd", "--sublayers", "ffn"], "mha among the sublayers"),
+    ],
+)
+def test_an_option_without_effect_is_refused(bench: Bench, words: list[Any], needed: str) -> None:
+    given = ["compress", bench.model, "--ratio", 0.3, "--calibration", bench.text]
+    given += ["--output", bench.place / "none", *words]
+    result = CliRunner().invoke(cli.app, [str(word) for word in given])
+    assert result.exit_code == 2
+    assert "has no effect without" in result.stderr
+    assert needed in result.stderr
 
 
 def test_least_important_chooses_other_channels(bench: Bench, base: Written) -> None:
@@ -273,11 +396,11 @@ def test_device_auto_is_the_gpu_where_there_is_one(
     class AskedError(Exception):
         pass
 
-    def ask(*_: object, device: torch.device, **__: object) -> None:
-        raise AskedError(device.type)
+    def ask(decoder: Decoder, *_: object) -> None:
+        raise AskedError(decoder.device.type)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("lorap.pipeline.compress_layers", ask)
+    monkeypatch.setattr("lorap.pipeline.on_disk.compress_layers", ask)
     words = ["compress", bench.model, "--ratio", 0.3, "--calibration", bench.text]
     words += ["--output", bench.place / "none", "--samples", 6, "--seqlen", 16]
     result = CliRunner().invoke(cli.app, [str(word) for word in words])
@@ -351,7 +474,7 @@ def test_disk_space_is_checked_where_the_output_goes_before_weights_are_read(
     monkeypatch.setattr(shutil, "disk_usage", nearly_full)
     for name in ("load", "load_others", "iter_tensors"):
         monkeypatch.setattr(CheckpointReader, name, work)
-    monkeypatch.setattr("lorap.pipeline.compress_layers", work)
+    monkeypatch.setattr("lorap.pipeline.on_disk.compress_layers", work)
     words = ["compress", bench.model, "--ratio", 0.3, "--calibration", bench.text]
     words += ["--output", elsewhere / "new" / "small", "--samples", 6, "--seqlen", 16]
     result = CliRunner().invoke(cli.app, [str(word) for word in words])

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorap
-from lorap import CompressionConfig, LorapError, UsageError, pipeline
+from lorap import CompressionConfig, LorapError, UsageError
 from lorap.config import Override
 from lorap.ops.statistics import sum_of_squares
+from lorap.pipeline import in_memory, on_disk
+from lorap.pipeline.statistics import TAKEN
 from tests.tiny_models import VARIANTS, save_tiny_checkpoint, tiny_model, token_ids
 
 IDS = token_ids(8, 16)
@@ -73,7 +75,7 @@ def test_layer_by_layer_is_the_forward_of_the_compressed_model(variant: str, rop
             pytest.skip("transformers 4 spells the scaling of the frequencies in another way")
         model = tiny_model(**VARIANTS[variant], rope_parameters=scaled)
     outputs: list[torch.Tensor] = []
-    real = pipeline.compress_layers
+    real = in_memory.compress_layers
 
     def recording(*args: Any, **kwargs: Any) -> Any:
         for layer in real(*args, **kwargs):
@@ -81,7 +83,7 @@ def test_layer_by_layer_is_the_forward_of_the_compressed_model(variant: str, rop
             yield layer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "compress_layers", recording)
+        patch.setattr(in_memory, "compress_layers", recording)
         compressed = lorap.compress(model, config(batch_size=3), calibration=IDS)
     with torch.no_grad():
         logits = compressed.lm_head(compressed.model.norm(torch.cat(outputs)))
@@ -195,16 +197,15 @@ def test_nothing_is_collected_that_the_plan_does_not_need(
         calls.append(inputs.shape)
         return sum_of_squares(inputs, mask)
 
-    monkeypatch.setattr(pipeline, "sum_of_squares", counting)
+    monkeypatch.setitem(TAKEN, "squares", counting)
     lorap.compress(tiny_model(), config(batch_size=4, **settings), calibration=IDS)
     assert len(calls) == 3 * 2 * per_layer
 
 
 def test_a_skipped_layer_is_run_but_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = pipeline.sum_of_squares
-    monkeypatch.setattr(
-        pipeline, "sum_of_squares", lambda x, mask=None: (seen.append(1), real(x, mask))[1]
+    monkeypatch.setitem(
+        TAKEN, "squares", lambda x, mask: (seen.append(1), sum_of_squares(x, mask))[1]
     )
     settings = config(overrides=(Override("layers.[01]", skip=True),), ratio_scope="layer")
     model = tiny_model()
@@ -249,8 +250,8 @@ def test_report_and_companions(tmp_path: Path, ids_file: str) -> None:
         up = original.model.layers[index].mlp.up_proj.weight
         assert torch.equal(model.model.layers[index].mlp.up_proj.weight, up[kept])
         norms = load_file(tmp_path / "out" / "lorap_statistics.safetensors")
-        ffn = norms[f"model.layers.{index}.ffn"].numpy()
-        channels = norms[f"model.layers.{index}.down"].numpy()
+        ffn = norms[f"model.layers.{index}.ffn.norms"].numpy()
+        channels = norms[f"model.layers.{index}.down.norms"].numpy()
         dense = original.model.layers[index].mlp
         scored = {
             "gate": dense.gate_proj.weight.detach().double().numpy() * ffn,
@@ -404,7 +405,7 @@ def test_a_hub_model_is_not_fetched_for_a_run_that_cannot_be(
     tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny_checkpoint(tmp_path / "model")
-    monkeypatch.setattr(pipeline, "open_checkpoint", lambda *_, **__: pytest.fail("fetched"))
+    monkeypatch.setattr(on_disk, "open_checkpoint", lambda *_, **__: pytest.fail("fetched"))
     for settings, calibration, message in (
         (config(ratio=0.99), ids_file, "cannot be reached"),
         (config(), str(tmp_path / "none.npy"), r"none\.npy"),

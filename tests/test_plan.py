@@ -240,7 +240,8 @@ def test_json_form() -> None:
     }
     assert set(result["parameters"]) == {"before", "after"}
     assert len(result["layers"]) == 3
-    layer = result["layers"][0]
+    assert set(result["layers"][0]["ratios"]) == {"mha", "ffn"}
+    layer = result["layers"][0]["modules"]
     assert list(layer) == [*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp"]
     assert layer["self_attn.q_proj"]["kind"] == "low_rank"
     assert {"rank", "parameters", "macs"} <= set(layer["self_attn.q_proj"])

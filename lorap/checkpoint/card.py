@@ -68,7 +68,7 @@ def model_card(
     where, without = "", _WITHOUT_LORAP
     if multimodal:
         auto_model, auto_text = "AutoModelForImageTextToText", "AutoProcessor"
-        where = " of its language model"
+        where = ", in its language model"
         without = "It does not load without lorap."
     versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
     return f"""---
@@ -77,8 +77,7 @@ def model_card(
 
 # {name}
 
-{model}, made smaller with lorap: the attention projections{where} are products of two thin
-matrices (activation-weighted SVD), and the feed-forward blocks keep their most important channels.
+{model}, made smaller with lorap{where}. {_what_was_done(report["settings"])}
 
 | | |
 |---|---|
@@ -112,6 +111,39 @@ model = {auto_model}.from_pretrained("path/to/{name}", dtype="auto")
 
 Calibration ids: sha256 `{calibration["fingerprint"]}`. Versions: {versions}.
 """
+
+
+_LOW_RANK = {
+    "awsvd": "activation-weighted SVD",
+    "svd": "SVD",
+    "asvd": "ASVD",
+    "pca": "PCA of the outputs",
+    "afm": "AFM",
+}
+
+
+def _what_was_done(settings: Mapping[str, Any]) -> str:
+    """Return a sentence on each sub-layer."""
+    done = []
+    for sublayer, low_rank, pruned in (
+        ("mha", "The attention projections are products of two thin matrices", "attention heads"),
+        ("ffn", "The feed-forward projections are products of two thin matrices", "channels"),
+    ):
+        if sublayer not in settings["sublayers"]:
+            continue
+        method = settings[sublayer]
+        if method in _LOW_RANK:
+            joint = (
+                ", q and k with a common one" if settings["joint_qk"] and sublayer == "mha" else ""
+            )
+            done.append(f"{low_rank}{joint} ({_LOW_RANK[method]}).")
+        else:
+            block = "attention" if sublayer == "mha" else "feed-forward"
+            done.append(
+                f"The {block} blocks keep their most important {pruned} "
+                f"(scored by {settings['importance']})."
+            )
+    return "\n".join(done)
 
 
 def _inherited(original: Path | None) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class Family:
         Whether a layer computes what one of LLaMA does, so that the audit's reference covers it.
     attention_block, ffn_block : str
         Names of the two blocks in a decoder layer.
+    ffn_input : str
+        The module of a decoder layer whose input is the residual stream between the two blocks.
     layers_path : str
         Prefix of the decoder layers in the names of the checkpoint's tensors.
     embedding, head : str
@@ -76,6 +78,7 @@ class Family:
     plain_forward: bool = False
     attention_block: str = "self_attn"
     ffn_block: str = "mlp"
+    ffn_input: str = "post_attention_layernorm"
     layers_path: str = "model.layers"
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
@@ -84,6 +87,16 @@ class Family:
     def compressed_type(self) -> str:
         """``model_type`` of the compressed form."""
         return f"lorap_{self.model_type}"
+
+    @property
+    def joint_qk(self) -> str:
+        """Name in a layer's structure for q and k factored together."""
+        return f"{self.attention_block}.qk_proj"
+
+    @property
+    def joint_right(self) -> str:
+        """Name in a decoder layer of the right factor that q and k share."""
+        return f"{self.attention_block}.qk_right"
 
     @property
     def base_prefix(self) -> str:

@@ -16,10 +16,10 @@ QWEN2 = Family("qwen2", "LorapQwen2", plain_forward=True)
 QWEN3 = Family("qwen3", "LorapQwen3")
 """q and k are normed head by head."""
 
-GEMMA2 = Family("gemma2", "LorapGemma2")
+GEMMA2 = Family("gemma2", "LorapGemma2", ffn_input="pre_feedforward_layernorm")
 """Scaled embeddings, norms before and after each block, capped logits, sliding windows in turn."""
 
-GEMMA3 = Family("gemma3_text", "LorapGemma3")
+GEMMA3 = Family("gemma3_text", "LorapGemma3", ffn_input="pre_feedforward_layernorm")
 """As Gemma 2; with q and k normed head by head, and another rotary base in sliding windows."""
 
 PHI3 = Family(
@@ -34,7 +34,7 @@ PHI3 = Family(
 )
 """q, k and v are one linear, as are gate and up."""
 
-OLMO2 = Family("olmo2", "LorapOlmo2", prunes_heads=False)
+OLMO2 = Family("olmo2", "LorapOlmo2", prunes_heads=False, ffn_input="mlp")
 """Norms after the blocks only; q and k are normed over all heads together."""
 
 SMOLLM3 = Family("smollm3", "LorapSmolLM3")

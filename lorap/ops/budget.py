@@ -5,7 +5,7 @@ is part of the rule (SPEC: ``budget.ieee``).
 """
 
 from collections.abc import Mapping
-from math import ceil
+from math import ceil, fsum
 
 Shape = tuple[int, int]
 
@@ -97,7 +97,7 @@ def ranks(
     sizes = {name: d_out * d_in for name, (d_out, d_in) in shapes.items()}
     weights = {name: allocation if ALLOCATION_GROUP[name] else 1 for name in shapes}
     total = sum(sizes.values())
-    weighted = sum(weights[name] * sizes[name] for name in shapes)
+    weighted = fsum(weights[name] * sizes[name] for name in shapes)
     rank: dict[str, int | None] = {}
     due: dict[str, float] = {}
     for name, shape in shapes.items():
@@ -115,7 +115,7 @@ def ranks(
         if len({weights[name] for name in due}) == 1:
             weights.update(dict.fromkeys(due, 1))
         held = sum(sizes[name] for name in shapes if name not in due)
-        weighted = sum(weights[name] * sizes[name] for name in due)
+        weighted = fsum(weights[name] * sizes[name] for name in due)
         for name in due:
             break_even = break_even_rank(shapes[name])
             kept = retained * (total * weights[name] * break_even / weighted)

@@ -1,0 +1,266 @@
+"""The pass over the uncompressed model: what MGAA's allocation and Taylor's scores depend on.
+
+One forward of each layer; for the gradient one forward and backward more, the layers taken from the
+last to the first. Never more than one layer's weights at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorap.config import CompressionConfig, Sublayer
+from lorap.errors import LorapError, UsageError
+from lorap.ops.heads import head_scores
+from lorap.ops.importance import group_scores, taylor_importance
+from lorap.ops.joint import stacked
+from lorap.ops.mgaa import cosine_sum
+from lorap.ops.precision import compute_dtype
+from lorap.pipeline.factors import STATISTICS, factorise
+from lorap.pipeline.forward import Batch, Decoder, Samples, targets_of
+from lorap.pipeline.progress import Steps
+from lorap.pipeline.statistics import INPUT_OF, Collector, Statistic
+from lorap.pipeline.sublayers import low_rank_method, wanted_statistics
+from lorap.plan import LayerPlan, Measurements, ModulePlan, Plan, make_plan
+
+
+def measured_plan(
+    decoder: Decoder, samples: Samples, draft: Plan, config: CompressionConfig, advance: Steps
+) -> tuple[Plan, Measurements]:
+    """Return the plan, after measuring what it and the scores depend on.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    samples : Samples
+    draft : Plan
+        By ``draft_plan``.
+    config : CompressionConfig
+    advance : Steps
+
+    Raises
+    ------
+    UsageError
+        If the ratio cannot be reached, or there is no token to predict for the gradient of a loss.
+    LorapError
+        As ``measure``.
+    """
+    if not config.measures:
+        return draft, Measurements()
+    if config.measures_gradients and not samples.targets().any():
+        raise UsageError(
+            "importance taylor: expected a sample of two tokens that count, to predict one from "
+            "the other, got none"
+        )
+    measured = measure(decoder, samples, draft, config, advance)
+    return make_plan(decoder.config, decoder.family, config, measured), measured
+
+
+def measure(
+    decoder: Decoder,
+    samples: Samples,
+    draft: Plan,
+    config: CompressionConfig,
+    advance: Steps,
+) -> Measurements:
+    """Measure the uncompressed model, as far as the configuration asks for it.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    samples : Samples
+    draft : Plan
+        For its modules; its ranks and widths do not matter.
+    config : CompressionConfig
+    advance : Steps
+        Called after each layer.
+
+    Raises
+    ------
+    LorapError
+        If activations or gradients are not finite; the message names the layer.
+
+    Notes
+    -----
+    SPEC: ``mgaa.measure``, ``algorithm.scores``.
+    """
+    measured = Measurements()
+    hidden: list[list[Tensor]] = []
+
+    def layers(indices: Sequence[int]) -> Iterator[_Layer]:
+        dense_config = decoder.compressed_config(None)
+        for index in indices:
+            original = decoder.tensors(index)
+            module = decoder.build(dense_config, index, original)
+            yield _Layer(index, module, original, draft.layers[index])
+            advance()
+
+    batches = decoder.embed(samples)
+    for layer in layers(range(decoder.layers)):
+        if config.measures_gradients:
+            hidden.append([batch.hidden for batch in batches])
+        _measure_forward_(measured, layer, decoder, config, batches)
+    if config.measures_gradients:
+        gradients, targets = _head_gradients(decoder, samples, batches)
+        for layer in layers(range(decoder.layers)[::-1]):
+            for batch, given in zip(batches, hidden.pop(), strict=True):
+                batch.hidden = given
+            measured.scores[layer.index] = _gradient_scores(
+                layer, decoder, config, batches, gradients, targets
+            )
+    return measured
+
+
+@dataclass(frozen=True)
+class _Layer:
+    index: int
+    module: nn.Module
+    original: Mapping[str, Tensor]
+    plan: LayerPlan
+
+
+def _measure_forward_(
+    measured: Measurements,
+    layer: _Layer,
+    decoder: Decoder,
+    config: CompressionConfig,
+    batches: Sequence[Batch],
+) -> None:
+    """Run a layer over the batches, and add its similarities and spectra to what was measured."""
+    family = decoder.family
+
+    def statistics_of(module: ModulePlan) -> frozenset[Statistic]:
+        if module.sublayer in config.energy_sublayers:
+            return STATISTICS[low_rank_method(config, module.sublayer)]
+        return frozenset()
+
+    wanted = wanted_statistics(family, layer.plan, statistics_of)
+    between: list[Tensor] = []
+    listener = layer.module.get_submodule(family.ffn_input).register_forward_pre_hook(
+        lambda _, inputs: between.append(inputs[0])
+    )
+    cosines: dict[Sublayer, float] = {"mha": 0.0, "ffn": 0.0}
+    tokens = 0
+    with torch.no_grad(), Collector(layer.module, wanted) as collector:
+        for batch in batches:
+            collector.expect(batch)
+            before = batch.hidden
+            batch.advance(layer.module, layer.index)
+            middle = between.pop()
+            if config.measures_similarity:
+                cosines["mha"] += cosine_sum(before, middle, batch.mask)
+                cosines["ffn"] += cosine_sum(middle, batch.hidden, batch.mask)
+            tokens += batch.tokens
+    listener.remove()
+    if config.measures_similarity:
+        for sublayer, total in cosines.items():
+            measured.similarities[layer.index, sublayer] = total / tokens
+    inputs = collector.statistics(layer.index)
+    names = {**family.attention, **family.ffn}
+    original = decoder.split(layer.original)
+    for name, module in layer.plan.items():
+        if module.sublayer in config.energy_sublayers:
+            parts = [original[f"{names[role]}.weight"] for role in module.roles]
+            weight = parts[0] if len(parts) == 1 else stacked(parts)
+            method = low_rank_method(config, module.sublayer)
+            factors = factorise(weight, inputs.get(INPUT_OF[module.roles[0]]), 0, method, config)
+            measured.spectra[f"layers.{layer.index}.{name}"] = factors.singular_values.cpu()
+
+
+class _NormOf(nn.Module):
+    """The last norm of a model, applied to what is given in the place of the layers' output."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.given = torch.empty(0)
+
+    def forward(self, _: object) -> Tensor:
+        output: Tensor = self.norm(self.given)
+        return output
+
+
+_IGNORED = -100
+"""Label of what is no target."""
+
+
+def _head_gradients(
+    decoder: Decoder, samples: Samples, batches: Sequence[Batch]
+) -> tuple[list[Tensor], int]:
+    """Return the gradient of the loss by the last layer's output, per batch, and the targets.
+
+    The loss is the SUM of the cross-entropies over all targets: the gradient of their mean would
+    vanish in fp16.
+    """
+    model, _ = decoder.without_layers()
+    norm = model.base_model.norm = _NormOf(model.base_model.norm)
+    gradients, targets = [], 0
+    for batch, (ids, mask) in zip(batches, samples.batches(decoder.device), strict=True):
+        counts = targets_of(ids, mask)
+        labels = ids[:, 1:].masked_fill(~counts, _IGNORED)
+        norm.given = batch.hidden.detach().requires_grad_(True)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1).to(compute_dtype(logits)),
+            labels.flatten(),
+            reduction="sum",
+            ignore_index=_IGNORED,
+        )
+        gradients.append(torch.autograd.grad(loss, norm.given)[0])
+        targets += int(counts.sum())
+    return gradients, targets
+
+
+def _gradient_scores(
+    layer: _Layer,
+    decoder: Decoder,
+    config: CompressionConfig,
+    batches: Sequence[Batch],
+    gradients: list[Tensor],
+    targets: int,
+) -> dict[Sublayer, Tensor]:
+    """Return the scores of a layer's channels and heads; `gradients` become those of its input."""
+    family = decoder.family
+    names = {**family.attention, **family.ffn}
+    roles = [
+        role
+        for module in layer.plan.values()
+        if module.sublayer in config.pruned_sublayers
+        for role in module.roles
+    ]
+    linears = list(dict.fromkeys(f"{family.dense_name(names[role])}.weight" for role in roles))
+    layer.module.requires_grad_(False)
+    weights = [layer.module.get_parameter(name).requires_grad_(True) for name in linears]
+    sums = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]
+    for number, batch in enumerate(batches):
+        batch.hidden = batch.hidden.detach().requires_grad_(True)
+        output = batch.run(layer.module, layer.index)
+        by_input, *found = torch.autograd.grad(
+            output, [batch.hidden, *weights], grad_outputs=gradients[number]
+        )
+        if not torch.isfinite(by_input).all():
+            raise LorapError(
+                f"layers.{layer.index}: the gradient of the loss holds NaN or inf; computed in "
+                f"{output.dtype}: a wider --dtype may help"
+            )
+        gradients[number] = by_input
+        for total, gradient in zip(sums, found, strict=True):
+            total += gradient
+    by_weight = decoder.split(dict(zip(linears, sums, strict=True)))
+    original = decoder.split(layer.original)
+    scores = {
+        role: taylor_importance(original[name], by_weight[name] / targets)
+        for role, name in ((role, f"{names[role]}.weight") for role in roles)
+    }
+    result: dict[Sublayer, Tensor] = {}
+    if "ffn" in config.pruned_sublayers:
+        up, gate, down = (scores[role] for role in ("up", "gate", "down"))
+        result["ffn"] = group_scores(up, gate, down, config.aggregation)
+    if "mha" in config.pruned_sublayers:
+        q, k, v, o = (scores[role] for role in ("q", "k", "v", "o"))
+        groups = layer.plan[family.attention_block].units
+        result["mha"] = head_scores(q, k, v, o, groups, config.aggregation)
+    return result

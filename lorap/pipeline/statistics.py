@@ -1,0 +1,159 @@
+"""Statistics of the linears' inputs, taken while a layer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lorap.errors import LorapError
+from lorap.ops.statistics import (
+    feature_norms,
+    second_moment,
+    sum_of_magnitudes,
+    sum_of_squares,
+    token_sum,
+)
+from lorap.pipeline.forward import Batch
+
+Statistic = Literal["squares", "magnitudes", "sum", "moment"]
+"""Sums over the tokens, of an input's squared features, of their magnitudes, of the features
+themselves, and of the products of any two."""
+
+Input = Literal["attention", "o", "ffn", "down"]
+"""The inputs of a layer's linears: of q, k and v; of o; of gate and up; of down."""
+
+INPUT_OF: Mapping[str, Input] = {
+    "q": "attention",
+    "k": "attention",
+    "qk": "attention",
+    "v": "attention",
+    "o": "o",
+    "gate": "ffn",
+    "up": "ffn",
+    "down": "down",
+}
+"""Role of a linear to the input that it has."""
+
+TAKEN: dict[Statistic, Callable[[Tensor, Tensor | None], Tensor]] = {
+    "squares": sum_of_squares,
+    "magnitudes": sum_of_magnitudes,
+    "sum": token_sum,
+    "moment": second_moment,
+}
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What is known of one input over all calibration tokens.
+
+    Attributes
+    ----------
+    tokens : int
+        Tokens that count.
+    sums : mapping
+        By statistic, float64: ``(d_in,)``, or ``(d_in, d_in)`` for ``moment``.
+    """
+
+    tokens: int
+    sums: Mapping[Statistic, Tensor]
+
+    @property
+    def norms(self) -> Tensor:
+        """Eq. (5), ``(d_in,)``."""
+        return feature_norms(self.sums["squares"])
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Return what is small enough to be kept with a checkpoint: norms, and sums per feature."""
+        vectors = {str(name): total for name, total in self.sums.items() if total.dim() == 1}
+        if vectors.pop("squares", None) is not None:
+            vectors["norms"] = self.norms
+        return vectors
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Statistics to take of one input.
+
+    Attributes
+    ----------
+    module : str
+        A module of the layer that has this input.
+    statistics : frozenset
+    """
+
+    module: str
+    statistics: frozenset[Statistic]
+
+
+class Collector:
+    """Takes statistics of a layer's inputs while it runs, as a context manager.
+
+    Parameters
+    ----------
+    layer : Module
+        A decoder layer.
+    wanted : mapping
+
+    Notes
+    -----
+    SPEC: ``stats.sum-of-squares``, ``stats.padding``.
+    """
+
+    def __init__(self, layer: nn.Module, wanted: Mapping[Input, Wanted]) -> None:
+        self._layer = layer
+        self._wanted = wanted
+        self._tokens = 0
+        self._mask: Tensor | None = None
+        self._sums: dict[Input, dict[Statistic, Tensor]] = {kind: {} for kind in wanted}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for kind, want in self._wanted.items():
+            module = self._layer.get_submodule(want.module)
+            self._handles.append(module.register_forward_pre_hook(self._listener(kind)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def expect(self, batch: Batch) -> None:
+        """Say which batch the layer is run on next."""
+        self._mask = batch.mask
+        self._tokens += batch.tokens
+
+    def _listener(self, kind: Input) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sums = self._sums[kind]
+            for statistic in self._wanted[kind].statistics:
+                total = TAKEN[statistic](inputs[0].detach(), self._mask)
+                sums[statistic] = sums[statistic] + total if statistic in sums else total
+
+        return hook
+
+    def statistics(self, index: int) -> dict[Input, InputStatistics]:
+        """Return what was taken.
+
+        Parameters
+        ----------
+        index : int
+            Of the layer, for the error.
+
+        Raises
+        ------
+        LorapError
+            If an input is not finite.
+        """
+        for kind, taken in self._sums.items():
+            if not all(torch.isfinite(total).all() for total in taken.values()):
+                dtype = next(self._layer.parameters()).dtype
+                raise LorapError(
+                    f"layers.{index}.{self._wanted[kind].module}: its input holds NaN or inf; "
+                    f"computed in {dtype}: a wider --dtype may help"
+                )
+        return {kind: InputStatistics(self._tokens, taken) for kind, taken in self._sums.items()}

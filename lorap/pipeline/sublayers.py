@@ -1,0 +1,282 @@
+"""What becomes of a layer's tensors: factors, fewer channels, fewer heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lorap.errors import LorapError
+from lorap.ops.heads import head_rows, head_scores, prune_heads
+from lorap.ops.importance import (
+    channel_importance,
+    group_scores,
+    magnitude_importance,
+    weight_importance,
+)
+from lorap.ops.joint import split, stacked
+from lorap.ops.lowrank import retained_energy
+from lorap.ops.precision import compute_dtype
+from lorap.ops.pruning import kept_channels, prune_ffn
+from lorap.pipeline.factors import STATISTICS, factorise, squared_error
+from lorap.pipeline.statistics import INPUT_OF, Input, InputStatistics, Statistic, Wanted
+
+if TYPE_CHECKING:
+    from lorap.config import CompressionConfig, LowRankMethod, Sublayer
+    from lorap.families import Family
+    from lorap.plan import LayerPlan, ModulePlan
+
+
+def low_rank_method(config: CompressionConfig, sublayer: Sublayer) -> LowRankMethod:
+    """Return the low-rank method of a sub-layer whose modules are factored."""
+    method = config.mha if sublayer == "mha" else config.ffn
+    assert method != "heads"
+    assert method != "channels"
+    return method
+
+
+def wanted_statistics(
+    family: Family,
+    layer_plan: LayerPlan,
+    statistics_of: Callable[[ModulePlan], frozenset[Statistic]],
+) -> dict[Input, Wanted]:
+    """Return the statistics to take of a layer's inputs.
+
+    Parameters
+    ----------
+    family : Family
+    layer_plan : LayerPlan
+    statistics_of : callable
+        What has to be known of the inputs of a module's linears.
+    """
+    names = {**family.attention, **family.ffn}
+    asked: dict[Input, set[Statistic]] = {}
+    modules: dict[Input, str] = {}
+    for module in layer_plan.values():
+        statistics = statistics_of(module)
+        for role in module.roles if statistics else ():
+            asked.setdefault(INPUT_OF[role], set()).update(statistics)
+            modules.setdefault(INPUT_OF[role], family.dense_name(names[role]))
+    return {kind: Wanted(modules[kind], frozenset(found)) for kind, found in asked.items()}
+
+
+def statistics_of(module: ModulePlan, config: CompressionConfig) -> frozenset[Statistic]:
+    """Return what has to be known of the inputs of a module's linears to compress it."""
+    if module.kind == "low_rank":
+        return STATISTICS[low_rank_method(config, module.sublayer)]
+    if module.kind != "dense" and config.importance == "activation":
+        return frozenset({"squares"})
+    return frozenset()
+
+
+@dataclass
+class LayerTensors:
+    """A layer on its way from the original to the compressed one.
+
+    Attributes
+    ----------
+    family : Family
+    config : CompressionConfig
+    tensors : dict
+        Names relative to the layer; the compressed ones take the place of the originals.
+    inputs : mapping
+        Statistics of the linears' inputs.
+    scores : mapping
+        Scores of channels (``ffn``) or heads (``mha``) that were found beforehand.
+    report : dict
+        What there is to say of each module, by name.
+    """
+
+    family: Family
+    config: CompressionConfig
+    tensors: dict[str, Tensor]
+    inputs: Mapping[Input, InputStatistics]
+    scores: Mapping[Sublayer, Tensor] = field(default_factory=dict)
+    report: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def compress_(self, plan: LayerPlan, where: str) -> None:
+        """Carry out the plan of the layer.
+
+        Raises
+        ------
+        LorapError
+            If a compressed weight is not finite; the message begins with `where`.
+        """
+        for name, module in plan.items():
+            self.report[name] = module.to_dict()
+            if module.kind == "low_rank":
+                self.report[name] |= self._factor_(module)
+            elif module.kind == "channels":
+                self.report[name] |= self._prune_channels_(module)
+            elif module.kind == "heads":
+                self.report[name] |= self._prune_heads_(module)
+        for name, tensor in self.tensors.items():
+            check_weight(f"{where}.{name}", tensor, "the compressed weight")
+
+    def _name(self, role: str) -> str:
+        return {**self.family.attention, **self.family.ffn}[role]
+
+    def _factor_(self, module: ModulePlan) -> dict[str, Any]:
+        """Put two factors in the place of a weight, or of several stacked by rows.
+
+        SPEC: ``algorithm.mha``, ``algorithm.low-rank``, ``joint.stack``.
+        """
+        assert module.rank is not None
+        names = [self._name(role) for role in module.roles]
+        parts = [self.tensors.pop(f"{name}.weight") for name in names]
+        weight = parts[0] if len(parts) == 1 else stacked(parts)
+        inputs = self.inputs.get(INPUT_OF[module.roles[0]])
+        method = low_rank_method(self.config, module.sublayer)
+        factors = factorise(weight, inputs, module.rank, method, self.config)
+        right = factors.right.to(weight.dtype).contiguous()
+        left = factors.left.to(weight.dtype).contiguous()
+        shared = len(names) > 1
+        self.tensors[
+            f"{self.family.joint_right}.weight" if shared else f"{names[0]}.right.weight"
+        ] = right
+        sizes = [part.shape[0] for part in parts]
+        for name, rows in zip(names, split(left, sizes), strict=True):
+            self.tensors[f"{name}.left.weight"] = rows
+            if f"{name}.bias" in self.tensors:
+                self.tensors[f"{name}.left.bias"] = self.tensors.pop(f"{name}.bias")
+        if factors.bias is not None:
+            self._add_bias_(names, sizes, factors.bias)
+        wide = compute_dtype(weight)
+        error = squared_error(weight, left.to(wide) @ right.to(wide), inputs, method, self.config)
+        whole = float(factors.singular_values.double().square().sum())
+        return {
+            "relative_weighted_error": _root_of_share(error, whole),
+            "retained_energy": retained_energy(factors.singular_values, module.rank),
+        }
+
+    def _add_bias_(self, names: Sequence[str], sizes: Sequence[int], bias: Tensor) -> None:
+        for name, part in zip(names, split(bias, sizes), strict=True):
+            key = f"{name}.left.bias"
+            dtype = self.tensors[f"{name}.left.weight"].dtype
+            own = self.tensors.get(key)
+            self.tensors[key] = (part if own is None else part + own.to(part.dtype)).to(dtype)
+
+    def _weight_scores(self, role: str) -> Tensor:
+        """Scores of the weights of a linear, ``(d_out, d_in)``. SPEC: ``algorithm.scores``."""
+        weight = self.tensors[f"{self._name(role)}.weight"]
+        if self.config.importance == "magnitude":
+            return magnitude_importance(weight)
+        return weight_importance(weight, self.inputs[INPUT_OF[role]].norms)
+
+    def _prune_channels_(self, module: ModulePlan) -> dict[str, Any]:
+        """Take the removed channels out of a feed-forward block. SPEC: ``algorithm.ffn``."""
+        rows_of = {"up": 1, "gate": 1, "down": 0}
+        if "ffn" in self.scores:
+            scores, energies = self.scores["ffn"], {}
+        else:
+            weights = {role: self._weight_scores(role) for role in rows_of}
+            scores = group_scores(
+                weights["up"], weights["gate"], weights["down"], self.config.aggregation
+            )
+            energies = {
+                role: channel_importance(weights[role], axis, "l2").square()
+                for role, axis in rows_of.items()
+            }
+        kept, said = _select(scores, module, energies)
+        names = {role: self._name(role) for role in rows_of}
+        up, gate, down = (self.tensors[f"{names[role]}.weight"] for role in rows_of)
+        new = prune_ffn(up, gate, down, kept)
+        for role, weight in zip(rows_of, new, strict=True):
+            self.tensors[f"{names[role]}.weight"] = weight
+        for role in ("up", "gate"):
+            if f"{names[role]}.bias" in self.tensors:
+                self.tensors[f"{names[role]}.bias"] = self.tensors[f"{names[role]}.bias"][kept]
+        return {"kept_channels": kept.tolist(), **said}
+
+    def _prune_heads_(self, module: ModulePlan) -> dict[str, Any]:
+        """Take the removed heads out of an attention block. SPEC: ``algorithm.heads``."""
+        roles = ("q", "k", "v", "o")
+        groups = module.units
+        if "mha" in self.scores:
+            scores, energies = self.scores["mha"], {}
+        else:
+            weights = {role: self._weight_scores(role) for role in roles}
+            scores = head_scores(
+                weights["q"],
+                weights["k"],
+                weights["v"],
+                weights["o"],
+                groups,
+                self.config.aggregation,
+            )
+            energies = {
+                role: channel_importance(score, 0 if role == "o" else 1, "l2")
+                .square()
+                .view(groups, -1)
+                .sum(1)
+                for role, score in weights.items()
+            }
+        kept, said = _select(scores, module, energies)
+        names = {role: self._name(role) for role in roles}
+        q, k, v, o = (self.tensors[f"{names[role]}.weight"] for role in roles)
+        new = prune_heads(q, k, v, o, kept, groups)
+        for role, weight in zip(roles, new, strict=True):
+            self.tensors[f"{names[role]}.weight"] = weight
+        for role in ("q", "k", "v"):
+            bias = self.tensors.get(f"{names[role]}.bias")
+            if bias is not None:
+                rows = head_rows(kept, len(bias), groups)
+                self.tensors[f"{names[role]}.bias"] = bias[rows]
+        return {"kept_kv_heads": kept.tolist(), **said}
+
+
+def _select(
+    scores: Tensor, module: ModulePlan, energies: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Choose the channels or heads that stay, and say what the choice was.
+
+    Parameters
+    ----------
+    scores : (units,)
+    module : ModulePlan
+    energies : mapping
+        By role, the squared scores of a unit's weights, ``(units,)``; empty where the scores of
+        single weights are not at hand.
+
+    Returns
+    -------
+    kept : (new_units,) int64
+    report : dict
+    """
+    assert module.band is not None
+    low, high = module.band
+    kept = kept_channels(scores, low, high)
+    removed = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    removed[kept] = False
+    lost = {role: float(energy[removed].sum()) for role, energy in energies.items()}
+    whole = {role: float(energy.sum()) for role, energy in energies.items()}
+    ordered = scores.sort().values.tolist()
+    said: dict[str, Any] = {
+        "scores_at_cut": {
+            "least_important_kept": ordered[low - 1] if low else None,
+            "lowest_removed": ordered[low],
+            "highest_removed": ordered[high - 1],
+            "lowest_of_top": ordered[high] if high < len(ordered) else None,
+        }
+    }
+    if energies:
+        total = sum(whole.values())
+        said["relative_weighted_error"] = {
+            role: _root_of_share(lost[role], whole[role]) for role in energies
+        }
+        said["retained_energy"] = 1 - sum(lost.values()) / total if total else 1.0
+    return kept, said
+
+
+def _root_of_share(error: float, whole: float) -> float:
+    """Square root of a squared error's share; 0 where there is nothing to lose."""
+    return float((error / whole) ** 0.5) if whole else 0.0
+
+
+def check_weight(name: str, tensor: Tensor, what: str = "the weight") -> None:
+    """Raise LorapError where a tensor is not finite."""
+    if not torch.isfinite(tensor).all():
+        raise LorapError(f"{name}: {what} holds NaN or inf")
