@@ -55,6 +55,7 @@ class LayerSpreads:
 
     attention: Array
     o: Array
+    middle: Array
     ffn: Array
     down: Array
     output: Array
@@ -100,7 +101,7 @@ def linear(layer: Layer, name: str, x: Known) -> Known:
         rounding = np.sqrt(W.shape[1]) * mapped(x.value, W.T)
         bias = weights.get(f"{name}.bias")
     else:
-        L, R = weights[f"{name}.left.weight"], weights[f"{name}.right.weight"]
+        L, R = weights[f"{name}.left.weight"], weights[llama.right_name(weights, name)]
         W = L @ R
         inner = np.sqrt(R.shape[1]) * mapped(x.value, R.T)
         rounding = quadrature(mapped(inner, L.T), np.sqrt(R.shape[0]) * mapped(x.value @ R.T, L.T))
@@ -147,15 +148,12 @@ def rotary(layer: Layer, x: Known) -> Known:
 def attention(layer: Layer, x: Known) -> Known:
     """Causal attention: logits, softmax (its derivative, exponents, sum), weighted values."""
     shape, eps = layer.shape, layer.precision.linear
-    n, length, _ = x.value.shape
+    length = x.value.shape[1]
 
-    def split(name: str, heads: int) -> Known:
+    def split(name: str) -> Known:
         y = linear(layer, f"self_attn.{name}", x)
-
-        def view(a: Array) -> Array:
-            return a.reshape(n, length, heads, shape.head_dim).transpose(0, 2, 1, 3)
-
-        return Known(view(y.value), view(y.spread))
+        split_heads = llama.split_heads
+        return Known(split_heads(y.value, shape.head_dim), split_heads(y.spread, shape.head_dim))
 
     def repeated(y: Known) -> Known:
         share = shape.heads // shape.kv_heads
@@ -164,9 +162,9 @@ def attention(layer: Layer, x: Known) -> Known:
     def turned(a: Array) -> Array:
         return a.transpose(0, 1, 3, 2)
 
-    q = rotary(layer, split("q_proj", shape.heads))
-    k = repeated(rotary(layer, split("k_proj", shape.kv_heads)))
-    v = repeated(split("v_proj", shape.kv_heads))
+    q = rotary(layer, split("q_proj"))
+    k = repeated(rotary(layer, split("k_proj")))
+    v = repeated(split("v_proj"))
 
     root = np.sqrt(shape.head_dim)
     past = np.tril(np.ones((length, length), dtype=bool))
@@ -189,10 +187,7 @@ def attention(layer: Layer, x: Known) -> Known:
         eps * heads,
     )
 
-    def joined(a: Array) -> Array:
-        return a.transpose(0, 2, 1, 3).reshape(n, length, shape.heads * shape.head_dim)
-
-    return Known(joined(heads), joined(spread))
+    return Known(llama.join_heads(heads), llama.join_heads(spread))
 
 
 def layer_spreads(layer: Layer, h: Known) -> LayerSpreads:
@@ -231,6 +226,7 @@ def layer_spreads(layer: Layer, h: Known) -> LayerSpreads:
     return LayerSpreads(
         attention=x_attention.spread,
         o=x_o.spread,
+        middle=residual.spread,
         ffn=x_ffn.spread,
         down=channels.spread,
         output=quadrature(residual.spread, down.spread, eps * output),

@@ -1,7 +1,8 @@
 """Algorithm 1 whole: the reference on arrays against the pipeline on transformers' modules."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lorap.config import CompressionConfig
+from lorap.config import CompressionConfig, FfnMethod, MhaMethod
 from lorap.demo import MODEL
 from lorap.pipeline import compress
-from lorap_reference import algorithm1, llama
-from parity_tests import compare, llamas, rounding, tolerances
+from lorap_reference import algorithm1, llama, mgaa
+from parity_tests import compare, llamas, rounding, steps, tolerances
 from parity_tests import strategies as own
 from parity_tests.rounding import Known, Precision
 from parity_tests.tolerances import EPS32
@@ -28,53 +29,128 @@ SUBLAYERS: tuple[tuple[Literal["mha", "ffn"], ...], ...] = (
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.34, 0.4, 0.5, 0.6, 0.7)
 
 
+IMPORTANCE = ("activation", "activation", "magnitude", "taylor")
+
+
 @st.composite
-def configs(draw: st.DrawFn, model: own.SmallLlama) -> CompressionConfig:
+def methods(draw: st.DrawFn, importance: Sequence[str] = IMPORTANCE) -> dict[str, Any]:
+    """Draw what becomes of the sub-layers; one half of the draws are the paper's own method."""
+    sublayers = draw(st.sampled_from(SUBLAYERS), label="sublayers")
+    if draw(st.booleans(), label="as in the paper"):
+        chosen: dict[str, Any] = {"mha": "awsvd", "ffn": "channels"}
+    else:
+        chosen = {
+            "mha": draw(st.sampled_from(get_args(MhaMethod)), label="mha"),
+            "ffn": draw(st.sampled_from(get_args(FfnMethod)), label="ffn"),
+        }
+    used = {chosen[sublayer] for sublayer in sublayers}
+    settings: dict[str, Any] = {name: chosen[name] for name in sublayers}
+    settings["sublayers"] = sublayers
+    low_rank_attention = "mha" in sublayers and chosen["mha"] != "heads"
+    allocations: list[float | str] = [3.0]
+    if low_rank_attention:
+        allocations += [1.0, 0.5]
+        settings["joint_qk"] = draw(st.booleans(), label="joint_qk")
+    if used - {"heads", "channels"}:
+        allocations.append("mgaa-within")
+    allocations += ["mgaa-between"]
+    if used - {"heads", "channels"}:
+        allocations.append("mgaa")
+    settings["allocation"] = draw(st.sampled_from(allocations), label="allocation")
+    if "awsvd" in used:
+        settings["weighting"] = draw(st.sampled_from(("eq7", "eq7", "eq6")), label="weighting")
+    if "asvd" in used:
+        settings["asvd_alpha"] = draw(st.sampled_from((0.5, 1.0, 0.0, 1.5)), label="asvd_alpha")
+    if used & {"heads", "channels"}:
+        settings["importance"] = draw(st.sampled_from(importance), label="importance")
+        settings["aggregation"] = draw(st.sampled_from(("l2", "l1", "linf")), label="aggregation")
+        settings["least_important"] = draw(st.sampled_from((0.0, 0.01, 0.1)), label="least")
+    if settings["allocation"] in ("mgaa", "mgaa-between"):
+        settings["mgaa_alpha"] = draw(st.sampled_from((0.35, 0.05, 0.0)), label="mgaa_alpha")
+    return settings
+
+
+@st.composite
+def configs(draw: st.DrawFn, model: own.SmallLlama, importance: Sequence[str]) -> CompressionConfig:
     """Draw a configuration whose ratio the model can reach."""
     config = CompressionConfig(
         ratio=0.05,
         ratio_scope=draw(st.sampled_from(("layer", "model")), label="ratio_scope"),
-        allocation=draw(st.sampled_from((1.0, 3.0, 0.5)), label="allocation"),
-        least_important=draw(st.sampled_from((0.0, 0.01, 0.1)), label="least_important"),
-        aggregation=draw(st.sampled_from(("l2", "l1", "linf")), label="aggregation"),
-        weighting=draw(st.sampled_from(("eq7", "eq7", "eq6")), label="weighting"),
-        sublayers=draw(st.sampled_from(SUBLAYERS), label="sublayers"),
         batch_size=draw(st.sampled_from((None, 1, 2)), label="batch_size"),
         dtype="float64",
+        **draw(methods(importance)),
     )
-    dense, weights = model.model(), model.weights()
+    dense = model.model()
     within_reach = [
         other
         for ratio in RATIOS
-        if llamas.reachable(
-            weights, llamas.reference_settings(other := replace(config, ratio=ratio), dense)
-        )
+        if llamas.reachable(dense, other := replace(config, ratio=ratio))
+        and within_budget(dense, other)
     ]
     if not within_reach:
         # A width of 5 or more always has a channel to lose.
-        return replace(config, ratio=0.05, ratio_scope="layer", sublayers=("ffn",))
+        return CompressionConfig(
+            ratio=0.05, ratio_scope="layer", sublayers=("ffn",), dtype="float64"
+        )
     return draw(st.sampled_from(within_reach), label="config")
 
 
+def within_budget(model: PreTrainedModel, config: CompressionConfig) -> bool:
+    """Tell whether MGAA leaves every module something, whatever is measured.
+
+    At the highest ratio that a sub-layer may get, one rank for each matrix must fit.
+    """
+    if isinstance(config.allocation, float):
+        return True
+    settings = llamas.reference_settings(config, model)
+    highest = mgaa.highest_ratio(settings.layer_ratio, settings.mgaa_floor)
+    even = replace(config.without_measurements(), ratio=highest, ratio_scope="layer")
+    if not 0 < highest < 1 or not llamas.reachable(model, even):
+        return False
+    layer = llama.layer_weights(llamas.reference_weights(model), 0)
+    for sublayer in settings.sublayers:
+        if settings.low_rank(sublayer) is not None:
+            W = algorithm1.matrices(layer, sublayer, settings).values()
+            if sum(sum(w.shape) for w in W) > (1 - highest) * sum(w.size for w in W):
+                return False
+    return True
+
+
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[own.SmallLlama, CompressionConfig, own.Ids]:
+def cases(
+    draw: st.DrawFn, importance: Sequence[str] = IMPORTANCE
+) -> tuple[own.SmallLlama, CompressionConfig, own.Ids]:
     """Draw a model, a configuration and calibration ids."""
     model = draw(own.small_llamas(), label="model")
-    samples, length = draw(st.integers(1, 3), label="samples"), draw(st.integers(1, 8), label="L")
-    return model, draw(configs(model)), own.calibration_ids(model, samples, length)
+    config = draw(configs(model, importance))
+    # The loss of a gradient needs a token to predict.
+    shortest = 2 if config.importance == "taylor" else 1
+    length = draw(st.integers(shortest, 8), label="L")
+    samples = draw(st.integers(1, 3), label="samples")
+    return model, config, own.calibration_ids(model, samples, length)
 
 
 Case = tuple[own.SmallLlama, CompressionConfig, own.Ids]
 
 
-@pytest.mark.spec("algorithm.sequence", "algorithm.mha", "algorithm.ffn", "budget.layer-ratio")
+@pytest.mark.spec(
+    "algorithm.sequence",
+    "algorithm.mha",
+    "algorithm.ffn",
+    "algorithm.low-rank",
+    "algorithm.heads",
+    "algorithm.scores",
+    "budget.layer-ratio",
+    "mgaa.measure",
+    "mgaa.plan",
+)
 @given(case=cases())
 @llamas.float64_throughout()
 def test_each_layer(case: Case) -> None:
     llama_, config, ids = case
     model = llama_.model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for verdict in llamas.check_each_layer(model, config, ids, Precision(), "layer: "):
+    for verdict in steps.check_each_layer(model, config, ids, Precision(), "layer: "):
         event("determined" if verdict.output is not None else "not determined")
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
@@ -85,7 +161,7 @@ def test_each_layer(case: Case) -> None:
 def test_whole_model(case: Case) -> None:
     llama_, config, ids = case
     model = llama_.model()
-    compared = llamas.check_chain(model, config, ids, Precision(), "model: ")
+    compared = steps.check_chain(model, config, ids, Precision(), "model: ")
     weights, shape = llama_.weights(), llama_.shape
     new, _ = algorithm1.compress(weights, shape, ids, llamas.reference_settings(config, model))
 
@@ -104,11 +180,14 @@ def test_whole_model(case: Case) -> None:
 
 
 @pytest.mark.spec("algorithm.sequence", "algorithm.mha", "algorithm.ffn")
-@given(case=cases())
+@given(case=cases(importance=("activation", "magnitude")))
 def test_each_layer_as_transformers_ships_it(case: Case) -> None:
-    """RMSNorm and the rotary angles in float32, as users run it: the bounds widen accordingly."""
+    """RMSNorm and the rotary angles in float32, as users run it: the bounds widen accordingly.
+
+    Those of gradients (``tracked``) know of float64 alone.
+    """
     llama_, config, ids = case
-    verdicts = llamas.check_each_layer(
+    verdicts = steps.check_each_layer(
         llama_.model(), config, ids, llamas.AS_SHIPPED, "layer as shipped: "
     )
     for verdict in verdicts:
@@ -128,16 +207,16 @@ def test_padding_changes_nothing(case: Case, padding: int, seed: int) -> None:
     mask = np.arange(padded.shape[1])[None, :].repeat(len(ids), axis=0) < ids.shape[1]
     weights, shape = llama_.weights(), llama_.shape
     settings = llamas.reference_settings(config, model)
+    run = llamas.torch_run(model, config, padded, mask)
+    steps.check_measurements(run, weights, shape, ids, settings, Precision(), "padded: ")
+    step = steps.steps_of(run, weights, shape, ids, settings, Precision(), "padded: ")
     h = llama.embed(weights, ids)
     known: Known | None = Known(h, np.zeros_like(h))
-    for ours in llamas.torch_layers(model, config, padded, mask):
+    for ours in run.layers:
         if known is None:
             return
-        layer = llama.layer_weights(weights, ours.index)
         trimmed = llamas.trimmed(ours, ids.shape[1])
-        known = llamas.check_layer(
-            trimmed, layer, shape, known, settings, Precision(), "padded: "
-        ).output
+        known = steps.check_layer(trimmed, step(ours.index, known)).output
 
 
 @pytest.mark.spec("algorithm.sequence")
@@ -184,7 +263,7 @@ def test_each_layer_of_the_embedded_model(
     embedded: PreTrainedModel, embedded_ids: own.Ids, ratio: float
 ) -> None:
     config = CompressionConfig(ratio=ratio, ratio_scope="layer", dtype="float64")
-    verdicts = llamas.check_each_layer(
+    verdicts = steps.check_each_layer(
         embedded, config, embedded_ids, Precision(), "embedded layer: "
     )
     assert all(verdict.output is not None for verdict in verdicts)
@@ -199,7 +278,7 @@ def test_the_embedded_model_whole(
     """Both sides on their own from the first layer to the logits."""
     config = CompressionConfig(ratio=ratio, ratio_scope="layer", dtype="float64")
     shape = llamas.reference_shape(embedded)
-    compared = llamas.check_chain(embedded, config, embedded_ids, Precision(), "embedded model: ")
+    compared = steps.check_chain(embedded, config, embedded_ids, Precision(), "embedded model: ")
     assert len(compared) >= 2
 
     weights, settings = (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorap.demo import MODEL
-from lorap.families.modeling_lorap_llama import LowRankLinear
+from lorap.families.modeling_lorap import LowRankLinear
 from lorap.ops import heads, importance, pruning
 from lorap_reference import budget, gradient, llama
 from lorap_reference import heads as reference_heads

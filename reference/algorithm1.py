@@ -1,19 +1,32 @@
-"""Algorithm 1: LoRAP, layer by layer, on a LLaMA given as arrays."""
+"""Algorithm 1: LoRAP, layer by layer, on a LLaMA given as arrays.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+And the same with the methods that the papers compare with in the place of AWSVD and of channel
+pruning, and with MGAA's allocation.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import budget, llama
-from .importance import Aggregation, group_importance
-from .lowrank import Weighting, awsvd, column_scale
+from . import budget, gradient, heads, joint, llama, lowrank, mgaa, pca, statistics
+from .importance import (
+    Aggregation,
+    group_scores,
+    magnitude_importance,
+    taylor_importance,
+    weight_importance,
+)
+from .lowrank import Weighting
 from .pruning import kept_channels, prune_ffn
-from .statistics import feature_norms
 
 Array = NDArray[np.float64]
+LowRank = Literal["awsvd", "svd", "asvd", "pca", "afm"]
+Sublayer = Literal["mha", "ffn"]
 
+SUBLAYERS: tuple[Sublayer, ...] = ("mha", "ffn")
 MHA = {name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")}
 FFN = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 
@@ -25,17 +38,30 @@ class Settings:
     Attributes
     ----------
     layer_ratio : float
-        Share of the compressible parameters of each layer to remove, ``1 - p_r``.
+        Share of the compressible parameters to remove, ``1 - p_r``: of each layer, or with
+        ``between`` of all of them.
     a : float
         The ratio (v+o):(q+k).
     least : float
-        Share of least important channels that is kept.
+        Share of least important channels, or heads, that is kept.
     nested : bool
         The authors' nested floors (layer scope) or a single one (model scope).
     aggregation, weighting : str
         As in ``importance.channel_importance`` and ``lowrank.column_scale``.
-    mha, ffn : bool
-        Sub-layers that are compressed.
+    mha : {"awsvd", "svd", "asvd", "pca", "afm", "heads"} or None
+        What becomes of the MHA; None leaves it.
+    ffn : {"channels", "awsvd", "svd", "asvd", "pca", "afm"} or None
+        What becomes of the FFN; None leaves it.
+    joint_qk : bool
+        Factor the stack of q and k.
+    importance : {"activation", "magnitude", "taylor"}
+        Scores of single weights.
+    asvd_alpha : float
+        As in ``lowrank.magnitude_scale``.
+    between, within : bool
+        MGAA between the sub-layers and within them.
+    mgaa_alpha, mgaa_floor : float
+        As in ``mgaa.sublayer_ratios``, ``mgaa.highest_ratio`` and ``mgaa.rank_floors``.
     """
 
     layer_ratio: float
@@ -44,8 +70,43 @@ class Settings:
     nested: bool = True
     aggregation: Aggregation = "l2"
     weighting: Weighting = "eq7"
-    mha: bool = True
-    ffn: bool = True
+    mha: LowRank | Literal["heads"] | None = "awsvd"
+    ffn: LowRank | Literal["channels"] | None = "channels"
+    joint_qk: bool = False
+    importance: Literal["activation", "magnitude", "taylor"] = "activation"
+    asvd_alpha: float = 0.5
+    between: bool = False
+    within: bool = False
+    mgaa_alpha: float = 0.35
+    mgaa_floor: float = 0.25
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """Sub-layers that are compressed."""
+        return tuple(sub for sub in SUBLAYERS if (self.mha if sub == "mha" else self.ffn))
+
+    def low_rank(self, sublayer: Sublayer) -> LowRank | None:
+        """Low-rank method of a sub-layer; None where it has none."""
+        method = self.mha if sublayer == "mha" else self.ffn
+        return None if method is None or method == "heads" or method == "channels" else method
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a layer keeps.
+
+    Attributes
+    ----------
+    ranks : dict
+        By matrix (``q``, ``k`` or ``qk``, ``v``, ``o``, ``gate``, ``up``, ``down``) that takes
+        part in a low-rank method; None where it stays dense.
+    heads, channels : (int, int) or None
+        Removed bands of the groups of heads, and of the channels, in ascending order of score.
+    """
+
+    ranks: dict[str, int | None] = field(default_factory=dict)
+    heads: tuple[int, int] | None = None
+    channels: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,13 +117,13 @@ class CompressedLayer:
     ----------
     weights : dict
         The compressed layer, names relative to it; a factored matrix under ``.left.weight`` and
-        ``.right.weight``.
+        ``.right.weight``, the right factor that q and k share under ``llama.SHARED_RIGHT``.
     ranks : dict
-        Rank by matrix of the MHA, None where it is dense.
-    kept : (width,) or None
-        Kept channels, None where the FFN is not compressed.
-    scores : (d_m,) or None
-        Group scores, Eq. (10).
+        As in ``Sizes``.
+    kept, kept_heads : (width,) and (groups,), or None
+        Channels and groups of heads that stay, None where none are pruned.
+    scores, head_scores : (d_m,) and (kv_heads,), or None
+        Their scores, Eq. (10).
     trace : llama.LayerTrace
         Inputs of the linears in the forward of the UNcompressed layer, from which the statistics
         are taken.
@@ -73,60 +134,227 @@ class CompressedLayer:
     weights: dict[str, Array]
     ranks: dict[str, int | None]
     kept: NDArray[np.int64] | None
+    kept_heads: NDArray[np.int64] | None
     scores: Array | None
+    head_scores: Array | None
     trace: llama.LayerTrace
     output: Array
 
 
-def compress_mha(
-    layer: Mapping[str, Array], trace: llama.LayerTrace, settings: Settings
-) -> tuple[dict[str, Array], dict[str, int | None]]:
-    """The MHA step: ranks, then ``L`` and ``R`` of each matrix by Eq. (7).
+@dataclass(frozen=True)
+class Factors:
+    """Factors of a matrix.
+
+    Attributes
+    ----------
+    L : (d_out, r)
+    R : (r, d_in)
+    S : (min(d_out, d_in),)
+        Singular values of the matrix as the method weights it.
+    bias : (d_out,) or None
+        What the method adds to the linear's own bias.
+    """
+
+    L: Array
+    R: Array
+    S: Array
+    bias: Array | None = None
+
+
+def factor(W: Array, X: Array, r: int, method: LowRank, settings: Settings) -> Factors:
+    """Factor a matrix by the low-rank method named.
+
+    Parameters
+    ----------
+    W : (d_out, d_in)
+    X : (tokens, d_in)
+        Its input.
+    r : int
+    method : {"awsvd", "svd", "asvd", "pca", "afm"}
+    settings : Settings
+
+    Notes
+    -----
+    SPEC: ``algorithm.low-rank``.
+    """
+    n = X.shape[0]
+    if method == "svd":
+        return Factors(*lowrank.svd_low_rank(W, r))
+    if method == "pca":
+        return Factors(*pca.pca(W, statistics.second_moment(X), r))
+    if method == "afm":
+        C, t = statistics.second_moment(X), statistics.token_sum(X)
+        return Factors(*pca.afm(W, C, t, n, r))
+    if method == "asvd":
+        magnitudes = statistics.sum_of_magnitudes(X)
+        scale = lowrank.magnitude_scale(magnitudes, n, settings.asvd_alpha)
+    else:
+        scale = lowrank.column_scale(statistics.feature_norms(X), settings.weighting)
+    return Factors(*lowrank.awsvd(W, scale, r))
+
+
+def matrices(
+    layer: Mapping[str, Array], sublayer: Sublayer, settings: Settings
+) -> dict[str, Array]:
+    """Matrices of a sub-layer that a low-rank method takes, q and k stacked where they are joint.
+
+    Parameters
+    ----------
+    layer : mapping
+        Weights of the layer, names relative to it.
+    sublayer : {"mha", "ffn"}
+    settings : Settings
+    """
+    names = MHA if sublayer == "mha" else FFN
+    W = {m: layer[f"{name}.weight"] for m, name in names.items()}
+    if sublayer == "mha" and settings.joint_qk:
+        W = {"qk": joint.stacked([W.pop("q"), W.pop("k")]), **W}
+    return W
+
+
+def input_of(m: str, trace: llama.LayerTrace) -> Array:
+    """Input of matrix `m`, ``(tokens, d_in)``: one for q, k and v, one for gate and up."""
+    if m in ("q", "k", "qk", "v"):
+        X = trace.attention
+    elif m == "o":
+        X = trace.o
+    else:
+        X = trace.down if m == "down" else trace.ffn
+    return X.reshape(-1, X.shape[-1])
+
+
+def layer_sizes(
+    layer: Mapping[str, Array],
+    shape: llama.LlamaShape,
+    settings: Settings,
+    ratios: Mapping[Sublayer, float] | None = None,
+    spectra: Mapping[str, Array] | None = None,
+) -> Sizes:
+    """Ranks, channels and heads of a layer.
+
+    Parameters
+    ----------
+    layer : mapping
+        Weights of the layer, names relative to it.
+    shape : llama.LlamaShape
+    settings : Settings
+    ratios : mapping, optional
+        MGAA's ratio of each sub-layer; the layer ratio by default.
+    spectra : mapping, optional
+        Singular values by matrix, for MGAA within the sub-layers.
+
+    Notes
+    -----
+    SPEC: ``budget.ranks``, ``budget.channels``, ``algorithm.heads``, ``mgaa.plan``.
+    """
+    ranks: dict[str, int | None] = {}
+    bands: dict[Sublayer, tuple[int, int]] = {}
+    for sublayer in settings.sublayers:
+        s = settings.layer_ratio if ratios is None else ratios[sublayer]
+        if settings.low_rank(sublayer) is None:
+            d_m = layer[f"{FFN['up']}.weight"].shape[0]
+            units = shape.kv_heads if sublayer == "mha" else d_m
+            bands[sublayer] = budget.removed_band(units, s, settings.least)
+        else:
+            W = matrices(layer, sublayer, settings)
+            shapes = {m: (w.shape[0], w.shape[1]) for m, w in W.items()}
+            if spectra is None:
+                a = 1 if settings.between else settings.a
+                ranks |= budget.ranks(shapes, s, a, settings.nested)
+            else:
+                kept = (1 - s) * sum(w.size for w in W.values())
+                floors = mgaa.rank_floors(shapes, kept, settings.mgaa_floor)
+                own = {m: spectra[m] for m in shapes}
+                ranks |= mgaa.common_energy_ranks(own, shapes, kept, floors)
+    return Sizes(ranks, bands.get("mha"), bands.get("ffn"))
+
+
+def factor_matrices(
+    layer: Mapping[str, Array],
+    trace: llama.LayerTrace,
+    sublayer: Sublayer,
+    sizes: Sizes,
+    settings: Settings,
+) -> dict[str, Array]:
+    """New tensors of a sub-layer's linears: ``L`` and ``R``, or the matrix where it stays dense.
 
     Parameters
     ----------
     layer : mapping
         Weights of the layer, names relative to it.
     trace : llama.LayerTrace
+    sublayer : {"mha", "ffn"}
+    sizes : Sizes
     settings : Settings
-
-    Returns
-    -------
-    weights : dict
-        The new tensors of the MHA's linears.
-    ranks : dict
-        Rank by matrix, None where it stays dense.
 
     Notes
     -----
-    SPEC: ``algorithm.mha``.
+    SPEC: ``algorithm.mha``, ``algorithm.low-rank``.
     """
-    inputs = {"q": trace.attention, "k": trace.attention, "v": trace.attention, "o": trace.o}
-    shapes = {m: layer[f"{name}.weight"].shape for m, name in MHA.items()}
-    ranks = budget.ranks(
-        {m: (shape[0], shape[1]) for m, shape in shapes.items()},
-        settings.layer_ratio,
-        settings.a,
-        settings.nested,
-    )
+    method = settings.low_rank(sublayer)
+    assert method is not None
+    names = MHA if sublayer == "mha" else FFN
     new: dict[str, Array] = {}
-    for m, name in MHA.items():
-        W, rank = layer[f"{name}.weight"], ranks[m]
-        if rank is None:
-            new[f"{name}.weight"] = W
-            bias_name = f"{name}.bias"
-        else:
-            X = inputs[m].reshape(-1, W.shape[1])
-            L, R, _ = awsvd(W, column_scale(feature_norms(X), settings.weighting), rank)
-            new[f"{name}.left.weight"], new[f"{name}.right.weight"] = L, R
-            bias_name = f"{name}.left.bias"
-        if f"{name}.bias" in layer:
-            new[bias_name] = layer[f"{name}.bias"]
-    return new, ranks
+    for m, W in matrices(layer, sublayer, settings).items():
+        rows = ["q", "k"] if m == "qk" else [m]
+        r = sizes.ranks[m]
+        if r is None:
+            for part in rows:
+                new |= {k: v for k, v in layer.items() if k.startswith(f"{names[part]}.")}
+            continue
+        factors = factor(W, input_of(m, trace), r, method, settings)
+        counts = [layer[f"{names[part]}.weight"].shape[0] for part in rows]
+        new[llama.SHARED_RIGHT if m == "qk" else f"{names[m]}.right.weight"] = factors.R
+        for part, L in zip(rows, joint.split(factors.L, counts), strict=True):
+            new[f"{names[part]}.left.weight"] = L
+        extra = np.zeros(W.shape[0]) if factors.bias is None else factors.bias
+        for part, b in zip(rows, joint.split(extra, counts), strict=True):
+            own = layer.get(f"{names[part]}.bias")
+            if own is not None:
+                new[f"{names[part]}.left.bias"] = own + b
+            elif factors.bias is not None:
+                new[f"{names[part]}.left.bias"] = b
+    return new
+
+
+def weight_scores(
+    layer: Mapping[str, Array],
+    trace: llama.LayerTrace,
+    m: str,
+    settings: Settings,
+    gradients: Mapping[str, Array] | None,
+) -> Array:
+    """Scores of the single weights of matrix `m`, ``(d_out, d_in)``.
+
+    Parameters
+    ----------
+    layer : mapping
+        Weights of the layer, names relative to it.
+    trace : llama.LayerTrace
+    m : str
+    settings : Settings
+    gradients : mapping or None
+        Gradients of the loss by the layer's weights, for ``taylor``.
+
+    Notes
+    -----
+    SPEC: ``algorithm.scores``.
+    """
+    name = f"{(MHA | FFN)[m]}.weight"
+    if settings.importance == "magnitude":
+        return magnitude_importance(layer[name])
+    if settings.importance == "taylor":
+        assert gradients is not None
+        return taylor_importance(layer[name], gradients[name])
+    return weight_importance(layer[name], statistics.feature_norms(input_of(m, trace)))
 
 
 def compress_ffn(
-    layer: Mapping[str, Array], trace: llama.LayerTrace, settings: Settings
+    layer: Mapping[str, Array],
+    trace: llama.LayerTrace,
+    band: tuple[int, int],
+    settings: Settings,
+    gradients: Mapping[str, Array] | None = None,
 ) -> tuple[dict[str, Array], NDArray[np.int64], Array]:
     """The FFN step: group scores by Eq. (10), channels by Eq. (11).
 
@@ -135,7 +363,11 @@ def compress_ffn(
     layer : mapping
         Weights of the layer, names relative to it.
     trace : llama.LayerTrace
+    band : (int, int)
+        Removed band of the channels.
     settings : Settings
+    gradients : mapping, optional
+        As for ``weight_scores``.
 
     Returns
     -------
@@ -151,12 +383,10 @@ def compress_ffn(
     SPEC: ``algorithm.ffn``. The biases of gate and up lose the entries of the removed channels;
     down's bias belongs to no channel and stays.
     """
-    gate, up, down = (layer[f"{FFN[m]}.weight"] for m in ("gate", "up", "down"))
-    x_ffn = feature_norms(trace.ffn.reshape(-1, up.shape[1]))
-    x_down = feature_norms(trace.down.reshape(-1, down.shape[1]))
-    scores = group_importance(up, gate, down, x_ffn, x_down, settings.aggregation)
-    low, high = budget.removed_band(up.shape[0], settings.layer_ratio, settings.least)
-    kept = kept_channels(scores, low, high)
+    gate, up, down = (weight_scores(layer, trace, m, settings, gradients) for m in FFN)
+    scores = group_scores(up, gate, down, settings.aggregation)
+    kept = kept_channels(scores, *band)
+    gate, up, down = (layer[f"{name}.weight"] for name in FFN.values())
     up, gate, down = prune_ffn(up, gate, down, kept)
     new = {
         f"{FFN['gate']}.weight": gate,
@@ -170,8 +400,62 @@ def compress_ffn(
     return new, kept, scores
 
 
+def compress_heads(
+    layer: Mapping[str, Array],
+    trace: llama.LayerTrace,
+    shape: llama.LlamaShape,
+    band: tuple[int, int],
+    settings: Settings,
+    gradients: Mapping[str, Array] | None = None,
+) -> tuple[dict[str, Array], NDArray[np.int64], Array]:
+    """The MHA step by head pruning: scores of the groups of heads, and those that stay.
+
+    Parameters
+    ----------
+    layer, trace, settings, gradients
+        As for ``compress_ffn``.
+    shape : llama.LlamaShape
+    band : (int, int)
+        Removed band of the groups.
+
+    Returns
+    -------
+    weights : dict
+        The new tensors of the MHA's linears.
+    kept : (groups,)
+        Kept groups.
+    scores : (kv_heads,)
+        Their scores.
+
+    Notes
+    -----
+    SPEC: ``algorithm.heads``.
+    """
+    q, k, v, o = (weight_scores(layer, trace, m, settings, gradients) for m in MHA)
+    scores = heads.head_scores(q, k, v, o, shape.kv_heads, settings.aggregation)
+    kept = kept_channels(scores, *band)
+    q, k, v, o = (layer[f"{name}.weight"] for name in MHA.values())
+    new = {
+        f"{name}.weight": pruned
+        for name, pruned in zip(
+            MHA.values(), heads.prune_heads(q, k, v, o, kept, shape.kv_heads), strict=True
+        )
+    }
+    for m, name in MHA.items():
+        if f"{name}.bias" in layer:
+            bias = layer[f"{name}.bias"]
+            rows = heads.head_rows(kept, bias.size, shape.kv_heads)
+            new[f"{name}.bias"] = bias if m == "o" else bias[rows]
+    return new, kept, scores
+
+
 def compress_layer(
-    layer: Mapping[str, Array], shape: llama.LlamaShape, h: Array, settings: Settings
+    layer: Mapping[str, Array],
+    shape: llama.LlamaShape,
+    h: Array,
+    settings: Settings,
+    sizes: Sizes | None = None,
+    gradients: Mapping[str, Array] | None = None,
 ) -> CompressedLayer:
     """Algorithm 1 for one layer: statistics, compression, the next layer's input.
 
@@ -183,6 +467,10 @@ def compress_layer(
     h : (N, L, d)
         Output of the compressed layers before this one.
     settings : Settings
+    sizes : Sizes, optional
+        By default ``layer_sizes``.
+    gradients : mapping, optional
+        Gradients of the loss of the UNcompressed model by the layer's weights, for ``taylor``.
 
     Returns
     -------
@@ -194,17 +482,160 @@ def compress_layer(
     seven linears, so that o and down see what the uncompressed q, k, v, gate and up give them.
     """
     trace = llama.layer_forward(layer, shape, h)
+    sizes = layer_sizes(layer, shape, settings) if sizes is None else sizes
+    mha: dict[str, Array] | None = None
+    ffn: dict[str, Array] | None = None
+    kept = kept_heads = scores = head_scores = None
+    if sizes.heads is not None:
+        mha, kept_heads, head_scores = compress_heads(
+            layer, trace, shape, sizes.heads, settings, gradients
+        )
+    elif settings.mha is not None:
+        mha = factor_matrices(layer, trace, "mha", sizes, settings)
+    if sizes.channels is not None:
+        ffn, kept, scores = compress_ffn(layer, trace, sizes.channels, settings, gradients)
+    elif settings.ffn is not None:
+        ffn = factor_matrices(layer, trace, "ffn", sizes, settings)
     new = dict(layer)
-    ranks: dict[str, int | None] = dict.fromkeys(MHA)
-    kept = scores = None
-    if settings.mha:
-        mha, ranks = compress_mha(layer, trace, settings)
-        new = {k: v for k, v in new.items() if not k.startswith(tuple(MHA.values()))} | mha
-    if settings.ffn:
-        ffn, kept, scores = compress_ffn(layer, trace, settings)
-        new = {k: v for k, v in new.items() if not k.startswith(tuple(FFN.values()))} | ffn
+    for names, part in ((MHA, mha), (FFN, ffn)):
+        if part is not None:
+            new = {k: v for k, v in new.items() if not k.startswith(tuple(names.values()))} | part
     output = llama.layer_forward(new, shape, h).output
-    return CompressedLayer(new, ranks, kept, scores, trace, output)
+    return CompressedLayer(new, sizes.ranks, kept, kept_heads, scores, head_scores, trace, output)
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What MGAA has to know of the uncompressed model.
+
+    Attributes
+    ----------
+    similarities : list of dict
+        Eq. (12) of each sub-layer, by layer.
+    spectra : list of dict
+        Singular values by matrix, as the method weights it, by layer.
+    """
+
+    similarities: list[dict[Sublayer, float]]
+    spectra: list[dict[str, Array]]
+
+
+def measure(
+    weights: Mapping[str, Array],
+    shape: llama.LlamaShape,
+    ids: NDArray[np.int64],
+    settings: Settings,
+) -> Measurements:
+    """One forward of the uncompressed model: similarities and spectra of its sub-layers.
+
+    Parameters
+    ----------
+    weights, shape, ids, settings
+        As for ``compress``.
+
+    Notes
+    -----
+    SPEC: ``mgaa.measure``.
+    """
+    h = llama.embed(weights, ids)
+    similarities: list[dict[Sublayer, float]] = []
+    spectra: list[dict[str, Array]] = []
+    for index in range(shape.layers):
+        layer = llama.layer_weights(weights, index)
+        trace = llama.layer_forward(layer, shape, h)
+        before, between, after = (
+            x.reshape(-1, h.shape[-1]) for x in (h, trace.middle, trace.output)
+        )
+        similarities.append(
+            {
+                "mha": mgaa.cosine_sum(before, between) / before.shape[0],
+                "ffn": mgaa.cosine_sum(between, after) / before.shape[0],
+            }
+        )
+        found: dict[str, Array] = {}
+        for sublayer in settings.sublayers:
+            method = settings.low_rank(sublayer)
+            if method is not None and settings.within:
+                for m, W in matrices(layer, sublayer, settings).items():
+                    found[m] = factor(W, input_of(m, trace), 0, method, settings).S
+        spectra.append(found)
+        h = trace.output
+    return Measurements(similarities, spectra)
+
+
+def allocate(
+    weights: Mapping[str, Array],
+    shape: llama.LlamaShape,
+    settings: Settings,
+    measured: Measurements,
+) -> list[Sizes]:
+    """MGAA: sizes of all layers, by the similarities (between) and the spectra (within).
+
+    Parameters
+    ----------
+    weights, shape, settings
+        As for ``compress``.
+    measured : Measurements
+
+    Returns
+    -------
+    list of Sizes
+        By layer.
+
+    Notes
+    -----
+    SPEC: ``mgaa.plan``.
+    """
+    layers = [llama.layer_weights(weights, index) for index in range(shape.layers)]
+    keys = [(index, sublayer) for index in range(shape.layers) for sublayer in settings.sublayers]
+    p = dict.fromkeys(keys, settings.layer_ratio)
+    if settings.between:
+        highest = mgaa.highest_ratio(settings.layer_ratio, settings.mgaa_floor)
+        p = dict(
+            zip(
+                keys,
+                mgaa.sublayer_ratios(
+                    mgaa.standard_scores([measured.similarities[i][sub] for i, sub in keys]),
+                    [compressible(layers[i], sub, settings) for i, sub in keys],
+                    settings.layer_ratio,
+                    settings.mgaa_alpha,
+                    [highest] * len(keys),
+                ),
+                strict=True,
+            )
+        )
+    return [
+        layer_sizes(
+            layer,
+            shape,
+            settings,
+            {sublayer: p[index, sublayer] for sublayer in settings.sublayers},
+            measured.spectra[index] if settings.within else None,
+        )
+        for index, layer in enumerate(layers)
+    ]
+
+
+def compressible(layer: Mapping[str, Array], sublayer: Sublayer, settings: Settings) -> int:
+    """Parameters of a sub-layer that a ratio is a share of.
+
+    Parameters
+    ----------
+    layer : mapping
+        Weights of the layer, names relative to it.
+    sublayer : {"mha", "ffn"}
+    settings : Settings
+
+    Notes
+    -----
+    SPEC: ``mgaa.plan``. Biases are among them where they go with a channel or a head.
+    """
+    names = MHA if sublayer == "mha" else FFN
+    weights = sum(layer[f"{name}.weight"].size for name in names.values())
+    if settings.low_rank(sublayer) is not None:
+        return weights
+    whole = [name for m, name in names.items() if m not in ("o", "down")]
+    return weights + sum(layer[f"{name}.bias"].size for name in whole if f"{name}.bias" in layer)
 
 
 def compress(
@@ -239,10 +670,18 @@ def compress(
         for name, value in weights.items()
         if not name.startswith("model.layers.")
     }
+    sizes: Sequence[Sizes | None] = [None] * shape.layers
+    if settings.between or settings.within:
+        sizes = allocate(weights, shape, settings, measure(weights, shape, ids, settings))
+    gradients: Mapping[str, Array] = {}
+    if settings.importance == "taylor":
+        gradients = gradient.loss_gradients(weights, shape, ids)
     h = llama.embed(weights, ids)
     steps = []
     for index in range(shape.layers):
-        step = compress_layer(llama.layer_weights(weights, index), shape, h, settings)
+        layer = llama.layer_weights(weights, index)
+        own = llama.layer_weights(gradients, index)
+        step = compress_layer(layer, shape, h, settings, sizes[index], own)
         new |= {f"model.layers.{index}.{name}": value for name, value in step.weights.items()}
         steps.append(step)
         h = step.output

@@ -6,7 +6,7 @@ product, and another order of the same factors can land on the other side of an 
 """
 
 from collections.abc import Mapping
-from math import ceil
+from math import ceil, fsum
 
 Shape = tuple[int, int]
 
@@ -112,7 +112,7 @@ def ranks(shapes: Mapping[str, Shape], s: float, a: float, nested: bool) -> dict
     b = {m: break_even_rank(shape) for m, shape in shapes.items()}
     N = sum(size.values())
 
-    W = sum(weight[m] * size[m] for m in shapes)
+    W = fsum(weight[m] * size[m] for m in shapes)
     rank = {}
     for m in shapes:
         uniform = p * b[m]
@@ -126,7 +126,7 @@ def ranks(shapes: Mapping[str, Shape], s: float, a: float, nested: bool) -> dict
         N_dense = sum(size[m] for m in dense)
         equal = len({weight[m] for m in rest}) == 1
         w = {m: 1 if equal else weight[m] for m in rest}
-        W = sum(w[m] * size[m] for m in rest)
+        W = fsum(w[m] * size[m] for m in rest)
         for m in rest:
             kept = p * (N * w[m] * b[m] / W)
             held = N_dense * w[m] * b[m] / W

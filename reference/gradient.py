@@ -65,20 +65,21 @@ def linear_backward(weights: Weights, name: str, x: Array, dy: Array) -> tuple[A
     -------
     dx : (..., d_in)
     gradients : dict
-        Of what is there of ``.weight``, ``.bias``, ``.left.weight``, ``.right.weight`` and
-        ``.left.bias``.
+        Of what is there of ``.weight``, ``.bias``, ``.left.weight``, ``.right.weight`` (or the
+        factor that q and k share) and ``.left.bias``.
     """
     if f"{name}.weight" in weights:
         dx = dy @ weights[f"{name}.weight"]
         gradients = {f"{name}.weight": outer(dy, x)}
         bias_name = f"{name}.bias"
     else:
-        L, R = weights[f"{name}.left.weight"], weights[f"{name}.right.weight"]
+        right = llama.right_name(weights, name)
+        L, R = weights[f"{name}.left.weight"], weights[right]
         dz = dy @ L
         dx = dz @ R
         gradients = {
             f"{name}.left.weight": outer(dy, x @ R.T),
-            f"{name}.right.weight": outer(dz, x),
+            right: outer(dz, x),
         }
         bias_name = f"{name}.left.bias"
     if bias_name in weights:
@@ -170,7 +171,7 @@ def attention_backward(
     """
     q, k, v = llama.queries_keys_values(weights, shape, x)
     P = llama.attention_pattern(q, k)
-    dheads = llama.split_heads(dy, shape.heads)
+    dheads = llama.split_heads(dy, shape.head_dim)
     dv = P.transpose(0, 1, 3, 2) @ dheads
     dz = softmax_backward(P, dheads @ v.transpose(0, 1, 3, 2)) / np.sqrt(shape.head_dim)
     dq, dk = dz @ k, dz.transpose(0, 1, 3, 2) @ q
@@ -181,7 +182,12 @@ def attention_backward(
     dx_q, gradients_q = linear_backward(weights, "self_attn.q_proj", x, llama.join_heads(dq))
     dx_k, gradients_k = linear_backward(weights, "self_attn.k_proj", x, llama.join_heads(dk))
     dx_v, gradients_v = linear_backward(weights, "self_attn.v_proj", x, llama.join_heads(dv))
-    return dx_q + dx_k + dx_v, gradients_q | gradients_k | gradients_v
+    gradients = gradients_q | gradients_k | gradients_v
+    if llama.SHARED_RIGHT in gradients:
+        gradients[llama.SHARED_RIGHT] = (
+            gradients_q[llama.SHARED_RIGHT] + gradients_k[llama.SHARED_RIGHT]
+        )
+    return dx_q + dx_k + dx_v, gradients
 
 
 def channels_backward(weights: Weights, x: Array, dy: Array) -> tuple[Array, Gradients]:
@@ -229,12 +235,11 @@ def layer_backward(
         Of all weights of the layer.
     """
     trace = llama.layer_forward(weights, shape, h)
-    m = h + llama.linear(weights, "self_attn.o_proj", trace.o)
 
     name = "post_attention_layernorm.weight"
     d_down, gradients_down = linear_backward(weights, "mlp.down_proj", trace.down, dy)
     d_ffn, gradients_ffn = channels_backward(weights, trace.ffn, d_down)
-    dm, d_gain = rms_norm_backward(m, weights[name], shape.rms_eps, d_ffn)
+    dm, d_gain = rms_norm_backward(trace.middle, weights[name], shape.rms_eps, d_ffn)
     gradients = gradients_down | gradients_ffn | {name: d_gain}
     dm = dy + dm
 

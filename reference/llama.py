@@ -20,6 +20,9 @@ Array = NDArray[np.float64]
 Ids = NDArray[np.int64]
 Weights = Mapping[str, Array]
 
+SHARED_RIGHT = "self_attn.qk_right.weight"
+"""Name in a layer of the right factor that q and k share where they are factored together."""
+
 EMBEDDINGS, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -57,6 +60,7 @@ class LayerTrace:
     ----------
     attention : input of q, k and v
     o : input of o
+    middle : the residual stream between MHA and FFN, before the norm
     ffn : input of gate and up
     down : input of down, the channels
     output : the layer's output
@@ -64,9 +68,16 @@ class LayerTrace:
 
     attention: Array
     o: Array
+    middle: Array
     ffn: Array
     down: Array
     output: Array
+
+
+def right_name(weights: Weights, name: str) -> str:
+    """Name of the right factor of the factored linear `name`: its own, or that of q and k."""
+    own = f"{name}.right.weight"
+    return own if own in weights else SHARED_RIGHT
 
 
 def linear(weights: Weights, name: str, x: Array) -> Array:
@@ -75,7 +86,7 @@ def linear(weights: Weights, name: str, x: Array) -> Array:
         y = x @ weights[f"{name}.weight"].T
         bias = weights.get(f"{name}.bias")
     else:
-        L, R = weights[f"{name}.left.weight"], weights[f"{name}.right.weight"]
+        L, R = weights[f"{name}.left.weight"], weights[right_name(weights, name)]
         y = low_rank_apply(L, R, x)
         bias = weights.get(f"{name}.left.bias")
     return y if bias is None else y + bias
@@ -119,10 +130,10 @@ def silu(x: Array) -> Array:
     return y
 
 
-def split_heads(y: Array, heads: int) -> Array:
-    """``(N, L, heads * head_dim)`` as ``(N, heads, L, head_dim)``."""
+def split_heads(y: Array, head_dim: int) -> Array:
+    """``(N, L, heads * head_dim)`` as ``(N, heads, L, head_dim)``, however many heads there are."""
     n, length, features = y.shape
-    return y.reshape(n, length, heads, features // heads).transpose(0, 2, 1, 3)
+    return y.reshape(n, length, features // head_dim, head_dim).transpose(0, 2, 1, 3)
 
 
 def join_heads(y: Array) -> Array:
@@ -137,11 +148,12 @@ def queries_keys_values(
     """q, k (both turned by ``rotary``) and v of every query head, ``(N, heads, L, head_dim)``.
 
     Query head h uses key/value head ``h // (heads / kv_heads)``: the heads that share one follow
-    each other, and k and v are repeated for them.
+    each other, and k and v are repeated for them. A layer whose heads were pruned has fewer of
+    both.
     """
-    q = split_heads(linear(weights, "self_attn.q_proj", x), shape.heads)
-    k = split_heads(linear(weights, "self_attn.k_proj", x), shape.kv_heads)
-    v = split_heads(linear(weights, "self_attn.v_proj", x), shape.kv_heads)
+    q = split_heads(linear(weights, "self_attn.q_proj", x), shape.head_dim)
+    k = split_heads(linear(weights, "self_attn.k_proj", x), shape.head_dim)
+    v = split_heads(linear(weights, "self_attn.v_proj", x), shape.head_dim)
     share = shape.heads // shape.kv_heads
     k, v = np.repeat(rotary(k, shape.rope_theta), share, axis=1), np.repeat(v, share, axis=1)
     return rotary(q, shape.rope_theta), k, v
@@ -204,11 +216,11 @@ def layer_forward(weights: Weights, shape: LlamaShape, h: Array) -> LayerTrace:
     """
     x_attention = rms_norm(h, weights["input_layernorm.weight"], shape.rms_eps)
     x_o = attention(weights, shape, x_attention)
-    h = h + linear(weights, "self_attn.o_proj", x_o)
-    x_ffn = rms_norm(h, weights["post_attention_layernorm.weight"], shape.rms_eps)
+    middle = h + linear(weights, "self_attn.o_proj", x_o)
+    x_ffn = rms_norm(middle, weights["post_attention_layernorm.weight"], shape.rms_eps)
     x_down = channels(weights, x_ffn)
-    output = h + linear(weights, "mlp.down_proj", x_down)
-    return LayerTrace(attention=x_attention, o=x_o, ffn=x_ffn, down=x_down, output=output)
+    output = middle + linear(weights, "mlp.down_proj", x_down)
+    return LayerTrace(x_attention, x_o, middle, x_ffn, x_down, output)
 
 
 def layer_weights(weights: Weights, index: int) -> dict[str, Array]:
