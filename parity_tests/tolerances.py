@@ -27,6 +27,9 @@ SVD_FACTOR = 10.0
 CPU: singular values within 0.52 u, residual within 1.6 u, rank-r product within
 ``1.03 u (1 + sigma_r / gap)``. The room is for other LAPACK builds and for accelerators."""
 
+CONTRACT_SHARE = 1e-6
+"""Share of the least squared error that leading directions may lose beyond it."""
+
 CONFIDENCE = 10.0
 """Spreads that make a bound in the probabilistic analysis of ``rounding``: the probability of one
 more is below 1e-21, which leaves room for errors that are not quite independent."""
@@ -539,6 +542,11 @@ def rival_output_error(W: Array, A: Array, B: Array, C: Array, error: float) -> 
 def square_of_singular_values(S: Array, shape: tuple[int, int]) -> float:
     """Distance of the squares of singular values, each of which is off by ``singular_values``."""
     return (2 * float(S[0]) if S.size else 0.0) * singular_values(S, shape, EPS64)
+
+
+def contract(optimum: float, size: float, shape: tuple[int, int]) -> float:
+    """What leading directions may lose beyond the least squared error: ``solver.contract``."""
+    return CONTRACT_SHARE * optimum + 2 * SVD_FACTOR * max(*shape, 1) * EPS64 * size**2
 
 
 def afm_bias(W: Array, L: Array, mu: Array, product: float, eps: float = EPS64) -> Array:

@@ -24,6 +24,7 @@ TOLERANCES = (
     "eigen",
     "product",
     "forward",
+    "contract",
 )
 
 BEGIN, END = "<!-- traceability:begin -->", "<!-- traceability:end -->"

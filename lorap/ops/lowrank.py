@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lorap.ops.precision import compute_dtype
+from lorap.ops.solvers import leading_directions
 from lorap.ops.statistics import token_mean
 
 Weighting = Literal["eq7", "eq6"]
@@ -160,9 +161,9 @@ def awsvd(weight: Tensor, scale: Tensor, rank: int) -> tuple[Tensor, Tensor, Ten
     """
     dtype = compute_dtype(weight)
     weight = weight.double()
-    u, s, _ = torch.linalg.svd(weight * scale.double(), full_matrices=False)
+    basis, s = leading_directions(weight * scale.double(), rank)
     found = min(rank, numerical_rank(s, (weight.shape[0], weight.shape[1])))
-    left = completed(u[:, :found], weight, rank)
+    left = completed(basis[:, :found], weight, rank)
     return left.to(dtype), (left.T @ weight).to(dtype), s
 
 

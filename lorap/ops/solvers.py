@@ -1,0 +1,114 @@
+"""The leading left singular vectors of a matrix: a fast way, and the safe one that it falls to."""
+
+import torch
+from torch import Tensor
+
+ROOM = 10.0
+"""Times ``max(m, n) * eps * lambda_1``: what rounding may do to an eigenvalue of a Gram matrix."""
+
+RANGE = 1e3
+"""Times the same: below it the last eigenvalue that is kept is not told from rounding."""
+
+TURN = 1e-2
+"""Frobenius norm of a correction of the subspace beyond which first order is not enough."""
+
+EXACT = 1e-9
+"""That norm, below which its square, which a correction leaves, is rounding."""
+
+CORRECTIONS = 2
+
+
+def leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The first left singular vectors, and the singular values.
+
+    By ``gram`` where it can be trusted, else by the SVD.
+
+    Parameters
+    ----------
+    matrix : (m, n) float64
+        Finite.
+    rank : int
+        At most ``min(m, n)``. With 0 the singular values alone are computed.
+
+    Returns
+    -------
+    basis : (m, rank)
+        Orthonormal columns.
+    singular_values : (min(m, n),)
+        Descending.
+
+    Notes
+    -----
+    SPEC: ``solver.contract``, ``solver.gram``.
+    """
+    if rank == 0:
+        return matrix.new_empty(matrix.shape[0], 0), torch.linalg.svdvals(matrix)
+    found = gram(matrix, rank)
+    if found is None:
+        u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+        return u[:, :rank], s
+    return found
+
+
+def gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """The same from the eigenvectors of the smaller Gram matrix, corrected by the matrix itself.
+
+    An eigenvector of ``A A^T`` is turned by the rounding of that product, which is relative to
+    ``sigma_1^2``. In the coordinates of the computed vectors, the rows of ``U^T A``, inner products
+    are known relative to the lengths of the two rows: they say to first order how far what is kept
+    is turned towards what is cut off. A correction by it leaves the square.
+
+    Parameters
+    ----------
+    matrix : (m, n) float64
+        Finite.
+    rank : int
+        From 1 to ``min(m, n)``.
+
+    Returns
+    -------
+    basis, singular_values
+        As ``leading_directions`` gives them; or None where the last eigenvalue that is kept is not
+        told from the rounding of the first, where the cut is so close that the correction is no
+        small one, or where the directions do not hold what their eigenvalues promise.
+
+    Notes
+    -----
+    SPEC: ``solver.gram``.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    short = matrix.T if tall else matrix
+    product = short @ short.T
+    if not torch.isfinite(product).all():
+        return None
+    eigenvalues, vectors = torch.linalg.eigh(product)
+    eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
+    rounding = max(matrix.shape) * torch.finfo(matrix.dtype).eps * float(eigenvalues[0])
+    if not float(eigenvalues[rank - 1]) > RANGE * rounding:
+        return None
+
+    rows = vectors.T @ short
+    for _ in range(CORRECTIONS if rank < len(rows) else 0):
+        squares = rows.square().sum(dim=1)
+        gaps = squares[:rank, None] - squares[None, rank:]
+        turn = (rows[:rank] @ rows[rank:].T) / gaps
+        size = float(torch.linalg.norm(turn))
+        if not (float(gaps.min()) > 0 and size <= TURN):
+            return None
+        if size <= EXACT:
+            break
+        kept = vectors[:, :rank] + vectors[:, rank:] @ turn.T
+        rest = vectors[:, rank:] - vectors[:, :rank] @ turn
+        vectors = torch.linalg.qr(torch.cat([kept, rest], dim=1)).Q
+        rows = vectors.T @ short
+
+    squares = rows.square().sum(dim=1)
+    held, promised = squares[:rank].sum(), eigenvalues[:rank].sum()
+    missing = eigenvalues.sum() - short.square().sum()
+    if not (
+        abs(float(held - promised)) <= rank * ROOM * rounding
+        and abs(float(missing)) <= len(rows) * ROOM * rounding
+    ):
+        return None
+    basis = torch.linalg.qr(rows[:rank].T).Q if tall else vectors[:, :rank]
+    return basis, squares.sort(descending=True).values.sqrt()
