@@ -204,7 +204,9 @@ def test_column_scale(side: Side) -> None:
 def test_weighted_error(side: Side) -> None:
     """Squared: the norm of a feature enters with its square in Eq. (7), as it is in Eq. (6)."""
     W, near = [[1.0, 2.0], [3.0, 4.0]], [[0.0, 2.0], [3.0, 2.0]]
-    assert side("lowrank.weighted_error", W, near, [3.0, 5.0]) == 9 + 4 * 25
+    error = side("lowrank.weighted_error", W, near, [3.0, 5.0])
+    assert error == 9 + 4 * 25
+    assert type(error) is float
     scale = side("lowrank.column_scale", [9.0, 25.0], "eq6")
     assert side("lowrank.weighted_error", W, near, scale) == 9 + 4 * 25
 
@@ -391,6 +393,7 @@ def test_numerical_rank(side: Side) -> None:
 def test_retained_energy(side: Side) -> None:
     energies = [side("lowrank.retained_energy", [4.0, 3.0, 0.0], r) for r in range(4)]
     assert energies == [0, 16 / 25, 1, 1]
+    assert all(type(energy) is float for energy in energies)
     assert side("lowrank.retained_energy", [0.0, 0.0], 1) == 1
 
 
@@ -466,6 +469,8 @@ def test_break_even_rank(side: Side) -> None:
 @pytest.mark.parametrize(
     ("d", "s", "qk", "vo"),
     [
+        # int(0.67 * 51) = 34, times 1.5 just the 51 of break-even.
+        (102, 0.33, 17, None),
         (4096, 0.20, 1228, None),
         (4096, 0.2081, 1195, None),
         (4096, 0.30, 819, None),
@@ -481,6 +486,8 @@ def test_break_even_rank(side: Side) -> None:
 def test_the_authors_ranks(side: Side, d: int, s: float, qk: int, vo: int | None) -> None:
     ranks = side("budget.mha_ranks", dict.fromkeys("qkvo", (d, d)), s, 3, True)
     assert ranks == {"q": qk, "k": qk, "v": vo, "o": vo}
+    if side.package == "lorap_reference":
+        assert side("budget.authors_ranks", d, s, 3) == ranks
 
 
 @pytest.mark.spec("budget.ranks")

@@ -82,6 +82,8 @@ def body(line: str) -> str:
         ("return int(np.sum(a > b))", "int-to-ceil", []),
         ("return ceil(a)", "ceil-to-floor", ["return int(a)"]),
         ("return np.sqrt(a)", "drop-call", ["return a"]),
+        ("return np.asarray(a)", "drop-call", []),
+        ("return np.asarray(a, dtype=b)", "drop-call", ["return a"]),
         ("return a.square()", "drop-method", ["return a"]),
         ("return np.square(a)", "drop-method", []),
         ("return f(a, b)", "swap-arguments", ["return f(b, a)"]),
@@ -320,13 +322,15 @@ def test_a_survivor_is_printed_as_an_explanation_without_a_reason() -> None:
 
 def test_the_tests_of_a_mutant_are_those_that_reach_it_the_quick_ones_first() -> None:
     baseline = Baseline(
-        {"slow": 2.0, "quick": 1.0, "other": 0.5},
-        {"a:f": ["slow", "quick"], "a:g": ["other"], "a:h": [], "ab:f": ["other"]},
+        {"x::slow": 2.0, "x::quick": 1.0, "y::other": 0.5, "y::none": 3.0, "z::far": 0.1},
+        {"a:f": ["x::slow", "x::quick"], "a:g": ["y::other"], "a:h": [], "ab:f": ["z::far"]},
     )
-    assert baseline.tests_of(mutant("a:f:k:1")) == ["quick", "slow"]
-    assert baseline.tests_of(mutant("a:-:k:1")) == ["other", "quick", "slow"]
-    assert baseline.tests_of(mutant("a:C:k:1")) == ["other", "quick", "slow"]
+    assert baseline.tests_of(mutant("a:f:k:1")) == ["x::quick", "x::slow"]
     assert baseline.tests_of(mutant("a:h:k:1")) == []
+    # Of what is no function, all tests of the files that reach any of the module's.
+    everywhere = ["y::other", "x::quick", "x::slow", "y::none"]
+    assert baseline.tests_of(mutant("a:-:k:1")) == everywhere
+    assert baseline.tests_of(mutant("a:C:k:1")) == everywhere
 
 
 def test_a_mark_at_the_head_of_each_function() -> None:
@@ -435,7 +439,7 @@ def test_a_run_and_another_one(small: Small) -> None:
         '[[mutant]]\nmodule = "source.maths"\nfunction = "area"\ntitle = "half"\nbug = "triangle"\n'
         'old = "width * height"\nnew = "width * height / 2"\n',
     )
-    run = small.run()
+    run = small.run("--jobs", "3")
     assert run.returncode == 1, run.stderr
     of = small.results()
     assert of["source.maths:area:mult-to-div:1"].status == "killed"
@@ -481,6 +485,8 @@ def test_one_mutant_and_a_list(small: Small) -> None:
     assert run.returncode == 0, run.stderr
     assert "-    return width * height\n+    return width / height\n" in run.stdout
     assert "1 failed" in run.stdout
+    unreached = small.run("--mutant", "source.maths:unused:drop-sign:1")
+    assert unreached.stdout.splitlines()[-1] == "no test reaches it"
     assert "there is no mutant m:f" in small.run("--mutant", "m:f").stderr
     listed = small.run("--list", "--module", "source").stdout
     assert "source.maths:area:mult-to-div:1\n    return width * height\n" in listed

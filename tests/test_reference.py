@@ -14,7 +14,7 @@ from lorap_reference.llama import LlamaShape
 
 Array = NDArray[np.float64]
 
-SHAPE = LlamaShape(layers=2, heads=4, kv_heads=2, head_dim=2, rope_theta=100.0, rms_eps=0.25)
+SHAPE = LlamaShape(layers=2, heads=6, kv_heads=2, head_dim=2, rope_theta=100.0, rms_eps=0.25)
 D, D_M, VOCABULARY = 6, 30, 11
 
 pytestmark = pytest.mark.spec("algorithm.sequence")
@@ -113,9 +113,9 @@ def test_silu() -> None:
 
 
 def test_attention_by_loops(layer: dict[str, Array], h: Array) -> None:
-    """Query heads 0 and 1 read key head 0, 2 and 3 read 1; a token sees itself and those before."""
+    """Query heads 0 to 2 read key head 0, 3 to 5 read 1; a token sees itself and those before."""
     got = llama.attention(layer, SHAPE, h)
-    assert got.shape == (3, 4, 8)
+    assert got.shape == (3, 4, 12)
 
     def heads(name: str, count: int, turned: bool) -> Array:
         y = h @ layer[f"self_attn.{name}.weight"].T + layer[f"self_attn.{name}.bias"]
@@ -123,15 +123,15 @@ def test_attention_by_loops(layer: dict[str, Array], h: Array) -> None:
         whole = np.concatenate(parts, axis=1)
         return llama.rotary(whole, 100.0) if turned else whole
 
-    q, k, v = heads("q_proj", 4, True), heads("k_proj", 2, True), heads("v_proj", 2, False)
+    q, k, v = heads("q_proj", 6, True), heads("k_proj", 2, True), heads("v_proj", 2, False)
     for n in range(3):
-        for head in range(4):
+        for head in range(6):
             for token in range(4):
                 seen = range(token + 1)
-                logits = [q[n, head, token] @ k[n, head // 2, j] / 2**0.5 for j in seen]
+                logits = [q[n, head, token] @ k[n, head // 3, j] / 2**0.5 for j in seen]
                 powers = [math.exp(value) for value in logits]
                 expected = sum(
-                    power / sum(powers) * v[n, head // 2, j]
+                    power / sum(powers) * v[n, head // 3, j]
                     for power, j in zip(powers, seen, strict=True)
                 )
                 assert close(got[n, token, 2 * head : 2 * head + 2], expected)
@@ -194,16 +194,25 @@ def test_the_defaults_are_those_of_the_paper() -> None:
     assert LlamaShape(1, 1, 1, 2) == LlamaShape(1, 1, 1, 2, 10000.0, 1e-6)
 
 
+@pytest.mark.spec("stats.sum-of-squares")
+def test_sums_of_narrow_inputs_are_taken_in_float64() -> None:
+    X = np.full((3, 1), 1 + 2.0**-20, dtype=np.float32)
+    squares = statistics.sum_of_squares(X)
+    assert squares.dtype == np.float64
+    assert squares.tolist() == [3 * (1 + 2.0**-20) ** 2]
+
+
 @pytest.mark.spec("algorithm.mha")
 @pytest.mark.parametrize("weighting", ["eq7", "eq6"])
-@pytest.mark.parametrize(("ratio", "nested"), [(0.5, True), (0.5, False), (0.25, True)])
+@pytest.mark.parametrize(("ratio", "nested"), [(0.5, True), (0.5, False), (0.1, True)])
 def test_each_projection_is_factored_by_the_norms_of_its_own_input(
     layer: dict[str, Array], h: Array, ratio: float, nested: bool, weighting: lowrank.Weighting
 ) -> None:
     trace = llama.layer_forward(layer, SHAPE, h)
     settings = Settings(ratio, a=2, nested=nested, weighting=weighting)
     new, ranks = algorithm1.compress_mha(layer, trace, settings)
-    shapes = {"q": (8, 6), "k": (4, 6), "v": (4, 6), "o": (6, 8)}
+    shapes = {"q": (12, 6), "k": (4, 6), "v": (4, 6), "o": (6, 12)}
+    assert (None in ranks.values()) == (ratio == 0.1)
     assert ranks == budget.mha_ranks(shapes, ratio, 2, nested)
     expected = {}
     for m, rank in ranks.items():

@@ -490,7 +490,7 @@ def _call(node: ast.Call, parent: ast.AST) -> Iterator[Change]:
     if isinstance(node.func, ast.Name) and not starred:
         yield from _builtin(node, name)
     if not unpacked and not starred and name not in PLAIN_CALLS:
-        if len(node.args) == 1:
+        if len(node.args) == 1 and not (name == "asarray" and not node.keywords):
             yield "drop-call", node, node.args[0]
         if isinstance(node.func, ast.Attribute) and not _is_module(node.func.value):
             yield "drop-method", node, node.func.value

@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -51,6 +52,8 @@ IMPORT_SECONDS = 60.0
 MEMORY = 12 << 30
 """Bytes of address space: a shape gone wrong must not take the machine down."""
 
+UNREACHED = "no test reaches it"
+
 _MARK = "__reached__"
 
 
@@ -76,14 +79,19 @@ class Baseline:
     def tests_of(self, mutant: Mutant) -> list[str]:
         """Return the tests that reach the changed function, the quick ones first.
 
-        What is outside of functions is reached with any of the module's functions.
+        What is outside of functions may be seen by all tests of a file that reaches any of them.
         """
         key, prefix = f"{mutant.module}:{mutant.function}", f"{mutant.module}:"
         tests = self.reached.get(key)
         if tests is None:
             anywhere = (ts for name, ts in self.reached.items() if name.startswith(prefix))
-            tests = list({test for ts in anywhere for test in ts})
+            tests = self.neighbours([test for ts in anywhere for test in ts])
         return sorted(tests, key=lambda test: (self.seconds[test], test))
+
+    def neighbours(self, tests: Sequence[str]) -> list[str]:
+        """Return all tests of the files of some tests."""
+        files = {test.split("::")[0] for test in tests}
+        return [test for test in self.seconds if test.split("::")[0] in files]
 
 
 @dataclass(frozen=True)
@@ -428,9 +436,8 @@ class Runner:
                     mutant = waiting.pop()
                     tests = self._choice(mutant, baseline, thorough)
                     if not tests:
-                        unreached = "no test reaches it"
                         yield Result(
-                            mutant.name, mutant.change, "survived", message=unreached, thorough=True
+                            mutant.name, mutant.change, "survived", message=UNREACHED, thorough=True
                         )
                         continue
                     pid, folder = self._start(self._job(mutant, tests, baseline, thorough))
@@ -445,6 +452,8 @@ class Runner:
                         seconds=round(seconds, 2),
                         thorough=thorough,
                     )
+                    # With what the tests have written.
+                    shutil.rmtree(folder, ignore_errors=True)
                     self.kills[f"{mutant.module}:{mutant.function}"][result.test] += 1
                     yield result
         finally:
@@ -454,6 +463,8 @@ class Runner:
     def output(self, mutant: Mutant, baseline: Baseline) -> str:
         """Run all tests that reach a mutant and return what pytest printed."""
         tests = self._choice(mutant, baseline, thorough=True)
+        if not tests:
+            return UNREACHED
         pid, folder = self._start(self._job(mutant, tests, baseline, thorough=True))
         _wait(pid)
         return (folder / "output").read_text(encoding="utf-8", errors="replace")
@@ -463,9 +474,7 @@ class Runner:
         tests = baseline.tests_of(mutant)
         if thorough:
             # What a test leaves behind, in a cache or a fixture, another of its file may check.
-            files = {test.split("::")[0] for test in tests}
-            others = (test for test in baseline.seconds if test.split("::")[0] in files)
-            return list(dict.fromkeys([*tests, *others]))
+            return list(dict.fromkeys([*tests, *baseline.neighbours(tests)]))
         kills = self.kills[f"{mutant.module}:{mutant.function}"]
         allowed = FIRST_SHARE * sum(baseline.seconds.values())
         chosen: list[str] = []
