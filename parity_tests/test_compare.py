@@ -596,7 +596,7 @@ def test_an_input_of_a_layer_that_is_off_is_past_the_bounds_of_the_forward(
             two = llama.layer_forward(weights, model.shape, moved)
             llamas.close("q", getattr(two, name), getattr(one, name), getattr(spreads, name))
 
-        # Errors that go together can cancel where there are few features: 0.3 of the bound was seen.
+        # Errors that go together can cancel where features are few: 0.3 of the bound was seen.
         refuses(check, 5.0)
 
 
