@@ -17,7 +17,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lorap_reference import budget, importance, llama, lowrank, pca, statistics
+from lorap_reference import budget, heads, importance, llama, lowrank, mgaa, pca, statistics
 from parity_tests import compare, llamas, rounding, tolerances
 from parity_tests import strategies as own
 from parity_tests.tolerances import CONFIDENCE, EPS32, EPS64
@@ -46,6 +46,8 @@ NO_BOUNDS = {
     "gap": "a part of others",
     "projector": "a part of awsvd_product",
     "stored_factors": "a part of half",
+    "completed_product": "a part of awsvd_product and pca_product",
+    "feature_sizes": "a part of others",
     "rank_is_clear": "tells where a comparison makes sense",
 }
 
@@ -511,7 +513,7 @@ def test_a_weight_that_is_turned_changes_the_product_past_its_bound(
     W, scale, r = cut_problem(data)
 
     def plain(W: own.Array) -> own.Array:
-        L, R = lowrank.svd_low_rank(W, r)
+        L, R, _ = lowrank.svd_low_rank(W, r)
         return L @ R
 
     def weighted(W: own.Array) -> own.Array:
@@ -546,6 +548,8 @@ def test_a_tail_that_is_off_is_past_its_bound(data: st.DataObject, eps: float) -
     tail = float(np.linalg.norm(S[r:]))
     bound = tolerances.tail_root(S, A.shape, eps)
     relative = bound / tail
+    # Otherwise what is cut off changes places with what is kept.
+    assume((1 + 1.01 * PAST * relative) * S[r] < S[r - 1])
 
     def root(times: float) -> float:
         moved = A + times * relative * (U[:, r:] * S[r:]) @ V[r:]
@@ -631,7 +635,7 @@ def test_a_ratio_that_is_off_gives_ranks_and_bands_past_the_slack(
         """What a matrix holds above its share of the budget, in ranks."""
         due = k - Fraction(2) * slip
         s = float(1 - (due + Fraction(times) * slip) / half)
-        rank = budget.mha_ranks(square, s, 1, False)["q"]
+        rank = budget.ranks(square, s, 1, False)["q"]
         assert rank is not None
         return float(max(Fraction(0), rank - due))
 
@@ -648,6 +652,388 @@ def test_a_ratio_that_is_off_gives_ranks_and_bands_past_the_slack(
         return float(max(Fraction(0), high - due))
 
     refuses(lambda times: compare.within("q", wide(times), float(slip)))
+
+
+@pytest.mark.refuses("inner", "output_moment")
+@given(sides=st.tuples(own.sides(), own.sides(), own.sides()), seed=own.seeds)
+def test_moments_that_are_off_are_past_their_bounds(sides: tuple[int, int, int], seed: int) -> None:
+    """Of one sign, where the sum of the magnitudes is the sum itself."""
+    rng = np.random.default_rng(seed)
+    n, d_in, d_out = sides
+    X, W = rng.uniform(1, 2, (n, d_in)), rng.uniform(1, 2, (d_out, d_in))
+    C = statistics.second_moment(X)
+    relative = max(tolerances.positive_sum(n), EPS64)
+    refuses(
+        lambda times: compare.close(
+            "q",
+            statistics.second_moment(X * (1 + times * relative / 2)),
+            C,
+            tolerances.inner(n, X.T @ X),
+        ),
+        PAST + 1,
+    )
+    bound = tolerances.output_moment(W, C)
+    M = pca.output_moment(W, C)
+    relative = float(np.max(bound / M))
+    refuses(
+        lambda times: compare.close("q", pca.output_moment(W, C * (1 + times * relative)), M, bound)
+    )
+
+
+@pytest.mark.refuses("quotient", "magnitude_scale", "scaled_magnitudes")
+@given(count=st.integers(1, 200), alpha=st.sampled_from((0.25, 0.5, 1.0, 2.0)), seed=own.seeds)
+def test_magnitudes_that_are_off_change_means_and_scales_past_their_bounds(
+    count: int, alpha: float, seed: int
+) -> None:
+    total = np.random.default_rng(seed).uniform(1, 2, 5)
+    bound = tolerances.quotient()
+    # A rounding each to make the total and the quotient.
+    refuses(
+        lambda times: compare.relatively_close(
+            "q",
+            statistics.token_mean(total * (1 + times * bound), count),
+            statistics.token_mean(total, count),
+            bound,
+        ),
+        PAST + 1,
+    )
+    for bound in (
+        tolerances.magnitude_scale(alpha),
+        tolerances.scaled_magnitudes(count, alpha),
+    ):
+        refuses(
+            lambda times, bound=bound: compare.relatively_close(
+                "q",
+                lowrank.magnitude_scale(total * (1 + times * bound / alpha), count, alpha),
+                lowrank.magnitude_scale(total, count, alpha),
+                bound,
+            ),
+            PAST + 1,
+        )
+
+
+@pytest.mark.refuses("taylor_importance")
+@given(problem=own.problems(("positive",)), eps=epsilons, seed=own.seeds)
+def test_a_gradient_that_is_off_changes_scores_past_their_bound(
+    problem: own.Problem, eps: float, seed: int
+) -> None:
+    W = problem.W
+    assume(W.any())
+    G = np.random.default_rng(seed).uniform(1, 2, W.shape)
+    scores = importance.taylor_importance(W, G)
+    bound = tolerances.taylor_importance(W, scores, eps)
+    change = np.where(W == 0, 0, np.maximum(bound, EPS64 * scores)) / np.where(W == 0, 1, np.abs(W))
+    refuses(
+        lambda times: compare.close(
+            "q", importance.taylor_importance(W, G + times * change), scores, bound
+        )
+    )
+
+
+@pytest.mark.refuses("head_scores")
+@given(mha=own.heads(), aggregation=own.aggregations)
+def test_weights_that_are_off_change_the_scores_of_heads_past_their_bound(
+    mha: own.Heads, aggregation: importance.Aggregation
+) -> None:
+    scores = tuple(map(np.abs, mha.matrices))
+    assume(any(W.any() for W in scores))
+    bound = tolerances.head_scores(max(W.size for W in scores) // mha.kv_heads)
+
+    def of(factor: float) -> own.Array:
+        return heads.head_scores(*(W * factor for W in scores), mha.kv_heads, aggregation)
+
+    refuses(lambda times: compare.relatively_close("q", of(1 + times * bound), of(1.0), bound))
+
+
+def regular(data: st.DataObject) -> own.OutputProblem:
+    """Draw a problem in which every gap between singular values is wide, and no input is small."""
+    shape = data.draw(st.tuples(own.sides(2), own.sides(2)), label="shape")
+    rng = np.random.default_rng(data.draw(own.seeds))
+    features = shape[1]
+    # Orthogonal tokens of three sizes, moved from the origin.
+    Q = own.orthonormal(4 * features, features, rng) * rng.uniform(1, 2, features)
+    W = own.from_spectrum(shape, "linear", 1.0, data.draw(own.seeds))
+    rank = data.draw(st.integers(1, min(shape) - 1), label="r")
+    return own.OutputProblem(W, Q + rng.uniform(0.5, 1, features), rank)
+
+
+@pytest.mark.refuses(
+    "centred_moment", "centred_moment_of", "scaled_centred_moment", "moved_tokens", "through"
+)
+@given(data=st.data())
+def test_a_moment_that_is_off_changes_the_centred_one_past_its_bound(data: st.DataObject) -> None:
+    problem = regular(data)
+    X, C, t, n = problem.X, problem.C, problem.t, problem.n
+    C_c = statistics.centred_moment(C, t, n)
+    for bound in (
+        tolerances.centred_moment(C, statistics.token_mean(t, n), n),
+        tolerances.centred_moment_of(X),
+        tolerances.scaled_centred_moment(X),
+        # What a move adds on its own is less than the rounding of the moments.
+        tolerances.moved_tokens(X, X + 100),
+    ):
+        refuses(
+            lambda times, bound=bound: compare.close(
+                "q", statistics.centred_moment(C + times * bound, t, n), C_c, bound
+            )
+        )
+    W = np.abs(problem.W) + 0.1
+    delta = 1e-9 * np.abs(C)
+    refuses(
+        lambda times: compare.spectral(
+            "q",
+            pca.output_moment(W, C + times * delta),
+            pca.output_moment(W, C),
+            tolerances.through(W, delta),
+        )
+    )
+
+
+@pytest.mark.refuses("eigenvalues", "square_of_singular_values")
+@given(data=st.data())
+def test_a_moment_that_is_off_changes_eigenvalues_past_their_bounds(data: st.DataObject) -> None:
+    problem = regular(data)
+    W, C = problem.W, problem.C
+    S = pca.pca(W, C, problem.rank)[2]
+    for bound in (
+        tolerances.eigenvalues(W, C),
+        tolerances.square_of_singular_values(S, (W.shape[0], W.shape[1])),
+    ):
+        relative = bound / float(S[0] ** 2)
+        refuses(
+            lambda times, bound=bound, relative=relative: compare.close(
+                "q", pca.pca(W, C * (1 + times * relative), problem.rank)[2] ** 2, S**2, bound
+            )
+        )
+
+
+@pytest.mark.refuses("pca_product", "whitened_product")
+@given(data=st.data())
+def test_a_weight_that_is_turned_changes_the_product_by_outputs_past_its_bound(
+    data: st.DataObject,
+) -> None:
+    problem = regular(data)
+    W, C, r = problem.W, problem.C, problem.rank
+    G = np.linalg.cholesky(C)
+
+    def projected(W: own.Array) -> own.Array:
+        L, R, _ = pca.pca(W, C, r)
+        return L @ R
+
+    def whitened(W: own.Array) -> own.Array:
+        L, R = pca.whitened(W, C, r)
+        return L @ R @ G
+
+    floor = pca.rounding_floor(W, C, max(W.shape))
+    for seen, product, bound in (
+        (W, projected, tolerances.pca_product(W, C, r, floor)),
+        (W @ G, whitened, tolerances.whitened_product(W, C, G, pca.whitened(W, C, r)[1], r)),
+    ):
+        if bound is None:
+            continue
+        held = np.linalg.svd(W @ G, full_matrices=False)[0][:, r - 1] @ seen
+        angle = bound / float(np.linalg.norm(held))
+        refuses(
+            lambda times, product=product, bound=bound, angle=angle: compare.spectral(
+                "q", product(turned(W @ G, r, times * angle) @ W), product(W), bound
+            ),
+            1.01 * PAST,
+        )
+
+
+@pytest.mark.refuses("output_error", "rounded_product", "least_error", "rival_output_error")
+@given(data=st.data(), eps=epsilons)
+def test_weights_that_are_off_change_output_errors_past_their_bounds(
+    data: st.DataObject, eps: float
+) -> None:
+    problem = regular(data)
+    W, C, r = problem.W, problem.C, problem.rank
+    L, R, S = pca.pca(W, C, r)
+    G = np.linalg.cholesky(C)
+    error = pca.output_error(W, L @ R, C)
+    floor = pca.rounding_floor(W, C, max(W.shape))
+
+    bound = tolerances.output_error(W, L @ R, C)
+    relative = bound / error / 2
+    refuses(
+        lambda times: compare.close(
+            "q", pca.output_error(W + times * relative * (W - L @ R), L @ R, C), error, bound
+        )
+    )
+
+    # Another tail: the sum of the eigenvalues that are cut off moves by as much as the error.
+    U, sigma, V = np.linalg.svd(W @ G, full_matrices=False)
+    bound = tolerances.least_error(W, C, L, R, floor, error, eps)
+    whole = float(np.sum(S[r:] ** 2))
+
+    def least(times: float) -> float:
+        factor = np.sqrt(1 + times * bound / whole) - 1
+        moved = W + factor * np.linalg.solve(G.T, ((U[:, r:] * sigma[r:]) @ V[r:]).T).T
+        A, B, _ = pca.pca(moved, C, r)
+        return pca.output_error(moved, A @ B, C)
+
+    if PAST * bound / whole < 0.1 and (sigma[r] / sigma[r - 1]) ** 2 < 0.8:
+        refuses(lambda times: compare.close("q", least(times), whole, bound))
+
+    # A product of another rank than its factors' may not be better by more than rounding.
+    room = tolerances.rival_output_error(W, L, R, C, error)
+    relative = room / error / 2
+    refuses(
+        lambda times: compare.within(
+            "q",
+            max(0.0, error - pca.output_error(W - times * relative * (W - L @ R), L @ R, C)),
+            room,
+        )
+    )
+
+    # Of one sign, and with features that go together, the root of the error is the bound's norm.
+    A, B, d = np.abs(L) + 0.1, np.abs(R) + 0.1, np.sqrt(np.diag(C))
+    bound = tolerances.rounded_product(A, B, np.outer(d, d), eps)
+    relative = bound / float(np.linalg.norm(A @ B @ d))
+
+    def root(times: float) -> float:
+        moved = A * (1 + times * relative)
+        return float(np.sqrt(pca.output_error(moved @ B, A @ B, np.outer(d, d))))
+
+    refuses(lambda times: compare.within("q", root(times), bound))
+
+
+@pytest.mark.refuses("afm_bias")
+@given(data=st.data(), eps=epsilons)
+def test_tokens_that_are_moved_change_the_bias_past_its_bound(
+    data: st.DataObject, eps: float
+) -> None:
+    """All by the same, which turns no direction of the outputs."""
+    problem = regular(data)
+    W, X, t, n, r = problem.W, problem.X, problem.t, problem.n, problem.rank
+    mu, C_c = statistics.token_mean(t, n), statistics.centred_moment(problem.C, t, n)
+    delta = tolerances.through(W, tolerances.centred_moment(problem.C, mu, n))
+    floor = pca.rounding_floor(W, problem.C, max(*W.shape, n))
+    product = tolerances.pca_product(W, C_c, r, floor, delta)
+    assume(product is not None)
+    assert product is not None
+
+    def bias(times: float) -> own.Array:
+        Y = X + times * relative * mu
+        moments = statistics.second_moment(Y), statistics.token_sum(Y)
+        return pca.afm(W, *moments, n, r)[3]
+
+    relative = 0.0
+    expected = bias(0.0)
+    bound = tolerances.afm_bias(W, pca.afm(W, problem.C, t, n, r)[0], mu, product, eps)
+    relative = float(np.min(bound / np.abs(expected)))
+    # Where it is larger the moments of the tokens moved are known less well.
+    assume(relative < 1e-3)
+    refuses(lambda times: compare.close("q", bias(times), expected, bound))
+
+
+@pytest.mark.refuses("central_difference")
+@given(at=st.floats(-1, 1), step=st.floats(1e-4, 1e-2), spread=st.floats(0, 1e-15))
+def test_a_slope_elsewhere_is_past_the_bound_of_a_central_difference(
+    at: float, step: float, spread: float
+) -> None:
+    """The exponential, whose slope at x is its value there."""
+
+    def difference(step: float) -> float:
+        return float(np.exp(at + step) - np.exp(at - step)) / (2 * step)
+
+    near = difference(step)
+    bound = tolerances.central_difference(near, difference(2 * step), step, spread)
+    refuses(lambda times: compare.close("q", np.exp(at) * (1 + times * bound / near), near, bound))
+
+
+@pytest.mark.refuses("cosine_sum")
+@given(count=st.integers(1, 100), features=own.sides(2), seed=own.seeds)
+def test_a_token_that_is_turned_changes_the_cosines_past_their_bound(
+    count: int, features: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((count, features))
+    aside = np.zeros(features)
+    aside[:2] = -X[0, 1], X[0, 0]
+    bound = tolerances.cosine_sum(count, features)
+
+    def turned_by(cosine: float) -> own.Array:
+        Y = X.copy()
+        sine = float(np.sqrt(1 - cosine**2))
+        scale = float(np.linalg.norm(X[0]) / np.linalg.norm(aside))
+        Y[0] = cosine * X[0] + sine * scale * aside
+        return Y
+
+    refuses(
+        lambda times: compare.close(
+            "q", mgaa.cosine_sum(X, turned_by(1 - times * bound)), count, bound
+        )
+    )
+
+
+@pytest.mark.refuses("standard_scores")
+@given(similarities=own.similarities())
+def test_a_similarity_that_is_off_changes_standard_scores_past_their_bound(
+    similarities: list[float],
+) -> None:
+    assume(len(similarities) > 3)
+    z = np.array(mgaa.standard_scores(similarities))
+    deviation = float(np.std(similarities))
+    assume(z.any())
+    bound = tolerances.standard_scores(z, deviation)
+    # The one nearest to the mean: it hardly moves the deviation, and the mean by a fourth at most.
+    at = int(np.argmin(np.abs(z)))
+    assume(abs(z[at]) < 0.5)
+    step = 2 * deviation * bound[at]
+
+    def of(times: float) -> list[float]:
+        moved = list(similarities)
+        moved[at] += times * step
+        return mgaa.standard_scores(moved)
+
+    refuses(lambda times: compare.close("q", of(times), z, bound))
+
+
+@pytest.mark.refuses("highest_ratio", "ratios", "rank_floor")
+@given(target=st.floats(0.1, 0.9), exponent=st.integers(4, 12), data=st.data())
+def test_a_target_that_is_off_changes_ratios_and_floors_past_their_bounds(
+    target: float, exponent: int, data: st.DataObject
+) -> None:
+    bound = tolerances.highest_ratio()
+    # Half of what the target is off by.
+    refuses(
+        lambda times: compare.close(
+            "q",
+            mgaa.highest_ratio(target + 2 * times * bound, 0.5),
+            mgaa.highest_ratio(target, 0.5),
+            bound,
+        )
+    )
+
+    sizes, z, wanted = [4096, 1024], [1.0, -1.0], 0.05
+    bound = tolerances.ratios(sum(sizes), wanted + target)
+
+    def removed(times: float) -> float:
+        shares = mgaa.sublayer_ratios(
+            z, sizes, target + times * bound / sum(sizes), wanted, [1.0, 1.0]
+        )
+        return float(sum(n * Fraction(p) for n, p in zip(sizes, shares, strict=True)))
+
+    refuses(
+        lambda times: compare.close(
+            "q", removed(times), float(sum(sizes) * Fraction(target)), bound
+        )
+    )
+
+    # Just below a whole number by a few slips, as for the budget.
+    half = 2**exponent
+    k = data.draw(st.integers(half // 4, half // 2), label="k")
+    slip = tolerances.rank_floor(Fraction(k))
+
+    def over(times: float) -> float:
+        due = k - Fraction(2) * slip
+        floor = float((due + Fraction(times) * slip) / half)
+        whole = 4 * half * half
+        floors = mgaa.rank_floors({"q": (2 * half, 2 * half)}, whole, floor)
+        return float(max(Fraction(0), floors["q"] - due))
+
+    refuses(lambda times: compare.within("q", over(times), float(slip)))
 
 
 @given(model=own.small_llamas(), seed=own.seeds)

@@ -1086,7 +1086,7 @@ def test_a_rank_stays_below_break_even_where_two_floors_give_one_too_many(side: 
     Floored one by one they leave 1, above its break-even rank of 0.8.
     """
     shapes = {"q": (4, 4), "k": (1, 4), "v": (1, 4), "o": (4, 4)}
-    ranks = side("budget.mha_ranks", shapes, 0.2, 2, False)
+    ranks = side("budget.ranks", shapes, 0.2, 2, False)
     assert ranks == {"q": 1, "k": 0, "v": None, "o": None}
 
 
@@ -1098,10 +1098,10 @@ def test_what_overflows_in_one_round_turns_dense_at_once(side: Side) -> None:
     after the other, the second is due a rounding less than that.
     """
     square = dict.fromkeys("qkvo", (30, 30))
-    ranks = side("budget.mha_ranks", square, 0.3, 2.5, False)
+    ranks = side("budget.ranks", square, 0.3, 2.5, False)
     assert ranks == {"q": 6, "k": 6, "v": None, "o": None}
     square = dict.fromkeys("qkvo", (4096, 4096))
-    ranks = side("budget.mha_ranks", square, 0.375, 0.25, False)
+    ranks = side("budget.ranks", square, 0.375, 0.25, False)
     assert ranks == {"q": None, "k": None, "v": 512, "o": 512}
 
 
@@ -1112,7 +1112,7 @@ def test_equal_weights_round_nothing(side: Side) -> None:
     With a weight of 0.1 the 4 would be the floor of 3.9999999999999996.
     """
     shapes = {"q": (8, 8), "k": (28, 8), "v": (28, 8), "o": (8, 8)}
-    ranks = side("budget.mha_ranks", shapes, 0.2, 0.1, True)
+    ranks = side("budget.ranks", shapes, 0.2, 0.1, True)
     assert ranks == {"q": None, "k": None, "v": 3, "o": 2}
 
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -190,7 +190,23 @@ def test_layers_are_told_apart_by_their_whole_number() -> None:
 
 
 def test_the_defaults_are_those_of_the_paper() -> None:
-    assert Settings(0.2) == Settings(0.2, 3, 0.01, True, "l2", "eq7", True, True)
+    assert Settings(0.2) == Settings(
+        layer_ratio=0.2,
+        a=3,
+        least=0.01,
+        nested=True,
+        aggregation="l2",
+        weighting="eq7",
+        mha="awsvd",
+        ffn="channels",
+        joint_qk=False,
+        importance="activation",
+        asvd_alpha=0.5,
+        between=False,
+        within=False,
+        mgaa_alpha=0.35,
+        mgaa_floor=0.25,
+    )
     assert LlamaShape(1, 1, 1, 2) == LlamaShape(1, 1, 1, 2, 10000.0, 1e-6)
 
 
@@ -210,10 +226,12 @@ def test_each_projection_is_factored_by_the_norms_of_its_own_input(
 ) -> None:
     trace = llama.layer_forward(layer, SHAPE, h)
     settings = Settings(ratio, a=2, nested=nested, weighting=weighting)
-    new, ranks = algorithm1.compress_mha(layer, trace, settings)
+    sizes = algorithm1.layer_sizes(layer, SHAPE, settings)
+    ranks = sizes.ranks
+    new = algorithm1.factor_matrices(layer, trace, "mha", sizes, settings)
     shapes = {"q": (12, 6), "k": (4, 6), "v": (4, 6), "o": (6, 12)}
     assert (None in ranks.values()) == (ratio == 0.1)
-    assert ranks == budget.mha_ranks(shapes, ratio, 2, nested)
+    assert ranks == budget.ranks(shapes, ratio, 2, nested)
     expected = {}
     for m, rank in ranks.items():
         name = f"self_attn.{m}_proj"
@@ -243,7 +261,9 @@ def test_channels_are_those_of_the_group_scores(
 ) -> None:
     trace = llama.layer_forward(layer, SHAPE, h)
     settings = Settings(0.4, least=0.1, aggregation=aggregation)
-    new, kept, scores = algorithm1.compress_ffn(layer, trace, settings)
+    band = algorithm1.layer_sizes(layer, SHAPE, settings).channels
+    assert band == (3, 15)
+    new, kept, scores = algorithm1.compress_ffn(layer, trace, band, settings)
     gate, up, down = (layer[f"mlp.{m}_proj.weight"] for m in ("gate", "up", "down"))
     x_ffn, x_down = (statistics.feature_norms(X.reshape(12, -1)) for X in (trace.ffn, trace.down))
     expected = importance.group_importance(up, gate, down, x_ffn, x_down, aggregation)
@@ -262,9 +282,14 @@ def test_channels_are_those_of_the_group_scores(
 
 
 @pytest.mark.spec("algorithm.mha", "algorithm.ffn")
-@pytest.mark.parametrize(("mha", "ffn"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("mha", "ffn"), [("awsvd", "channels"), ("awsvd", None), (None, "channels")]
+)
 def test_a_layer_takes_its_statistics_from_one_uncompressed_forward(
-    layer: dict[str, Array], h: Array, mha: bool, ffn: bool
+    layer: dict[str, Array],
+    h: Array,
+    mha: Literal["awsvd"] | None,
+    ffn: Literal["channels"] | None,
 ) -> None:
     settings = Settings(0.4, mha=mha, ffn=ffn)
     step = algorithm1.compress_layer(layer, SHAPE, h, settings)
@@ -273,21 +298,22 @@ def test_a_layer_takes_its_statistics_from_one_uncompressed_forward(
         close(a, b) for a, b in zip(vars(step.trace).values(), vars(trace).values(), strict=True)
     )
     expected = dict(layer)
+    sizes = algorithm1.layer_sizes(layer, SHAPE, settings)
+    assert step.ranks == sizes.ranks
+    assert bool(sizes.ranks) == (mha is not None)
     if mha:
-        new, ranks = algorithm1.compress_mha(layer, trace, settings)
+        new = algorithm1.factor_matrices(layer, trace, "mha", sizes, settings)
         expected = {n: v for n, v in expected.items() if not n.startswith("self_attn.")} | new
-        assert step.ranks == ranks
-    else:
-        assert step.ranks == {"q": None, "k": None, "v": None, "o": None}
     if ffn:
-        new, kept, scores = algorithm1.compress_ffn(layer, trace, settings)
+        assert sizes.channels is not None
+        new, kept, scores = algorithm1.compress_ffn(layer, trace, sizes.channels, settings)
         expected = {n: v for n, v in expected.items() if not n.startswith("mlp.")} | new
         assert step.kept is not None
         assert step.kept.tolist() == kept.tolist()
         assert step.scores is not None
         assert close(step.scores, scores)
     else:
-        assert step.kept is step.scores is None
+        assert sizes.channels is step.kept is step.scores is None
     assert step.weights.keys() == expected.keys()
     assert all(close(step.weights[name], expected[name]) for name in expected)
     assert close(step.output, llama.layer_forward(expected, SHAPE, h).output)
