@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from parity_tests.compare import collector
@@ -22,6 +22,11 @@ settings.register_profile(
     print_blob=True,
     database=DirectoryBasedExampleDatabase(".hypothesis/nightly"),
 )
+# For changed code: that it fails is enough, the smallest example of it is not needed.
+settings.register_profile(
+    "mutants", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate)
+)
+settings.register_profile("mutants-first", settings.get_profile("mutants"), max_examples=20)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 

@@ -1,18 +1,26 @@
-"""Every comparator passes within its bound and fails a few times past it."""
+"""Every comparator and every bound passes what is within it, and refuses what is a few times past.
 
+``@pytest.mark.refuses(...)`` names the comparators and bounds that a test shows to refuse an input
+that is off by a few times the bound. Each has such a test.
+"""
+
+import ast
+import inspect
 from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lorap_reference import importance, lowrank, pca, statistics
-from parity_tests import compare, tolerances
+from lorap_reference import budget, heads, importance, llama, lowrank, mgaa, pca, statistics
+from parity_tests import compare, llamas, rounding, tolerances
 from parity_tests import strategies as own
-from parity_tests.tolerances import EPS32, EPS64
+from parity_tests.tolerances import CONFIDENCE, EPS32, EPS64
 
 PAST = 3.0
 """Times the bound, on which a comparator must fail."""
@@ -27,6 +35,39 @@ def aside() -> Iterator[compare.Collector]:
         yield collector
 
 
+NO_BOUNDS = {
+    "as_array": "converts",
+    "collector": "the report",
+    "recording": "the report",
+    "Collector": "the report",
+    "Worst": "the report",
+    "spectral_norm": "a part of others",
+    "svd_unit": "a part of others",
+    "gap": "a part of others",
+    "projector": "a part of awsvd_product",
+    "stored_factors": "a part of half",
+    "completed_product": "a part of awsvd_product and pca_product",
+    "feature_sizes": "a part of others",
+    "rank_is_clear": "tells where a comparison makes sense",
+}
+
+
+def test_every_comparator_and_every_bound_is_shown_to_refuse() -> None:
+    names = {
+        name
+        for module in (compare, tolerances)
+        for name, value in vars(module).items()
+        if inspect.getmodule(value) is module and not name.startswith("_") and callable(value)
+    }
+    shown = set()
+    for path in Path(__file__).parent.glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.refuses":
+                shown |= {ast.literal_eval(argument) for argument in node.args}
+    assert shown | NO_BOUNDS.keys() == names
+    assert not shown & NO_BOUNDS.keys()
+
+
 def accepts_and_refuses(check: Callable[[float], Any]) -> None:
     """Assert that a comparator passes at a share of its bound and fails at a few times it."""
     check(0.0)
@@ -35,6 +76,7 @@ def accepts_and_refuses(check: Callable[[float], Any]) -> None:
         check(PAST)
 
 
+@pytest.mark.refuses("within")
 @given(bound=st.floats(1e-12, 1e6))
 def test_within(bound: float) -> None:
     accepts_and_refuses(lambda times: compare.within("q", times * bound, bound))
@@ -67,6 +109,7 @@ def test_other_shapes_fail(comparator: str) -> None:
         getattr(compare, comparator)("q", np.zeros((2, 1)), np.zeros((1, 2)), *bound)
 
 
+@pytest.mark.refuses("exact")
 def test_exact_fails_on_the_last_bit() -> None:
     x = torch.tensor([1.0, 3.0], dtype=torch.float64)
     compare.exact("q", x, x.numpy())
@@ -74,6 +117,7 @@ def test_exact_fails_on_the_last_bit() -> None:
         compare.exact("q", torch.nextafter(x, x + 1), x.numpy())
 
 
+@pytest.mark.refuses("relatively_close")
 @given(values=own.spectral_matrices(), bound=st.floats(1e-15, 1e-3))
 def test_relatively_close(values: own.Array, bound: float) -> None:
     values = np.where(values == 0, 1.0, values)
@@ -84,6 +128,21 @@ def test_relatively_close(values: own.Array, bound: float) -> None:
     )
 
 
+@pytest.mark.refuses("close")
+@given(values=own.spectral_matrices(), bound=st.floats(1e-15, 1e6), at=st.integers(0, 600))
+def test_close(values: own.Array, bound: float, at: int) -> None:
+    """A single entry that is off is enough."""
+    values = values / max(1.0, float(np.max(np.abs(values))) / bound)
+    place = np.zeros(values.size)
+    place[at % values.size] = bound
+    accepts_and_refuses(
+        lambda times: compare.close(
+            "q", values + times * place.reshape(values.shape), values, bound
+        )
+    )
+
+
+@pytest.mark.refuses("singular_values")
 @given(A=own.spectral_matrices(), eps=epsilons, at=st.integers(0, 23))
 def test_singular_values(A: own.Array, eps: float, at: int) -> None:
     S = np.linalg.svd(A if A.any() else A + 1, compute_uv=False)
@@ -94,6 +153,7 @@ def test_singular_values(A: own.Array, eps: float, at: int) -> None:
     )
 
 
+@pytest.mark.refuses("spectral")
 @given(problem=own.problems(), eps=epsilons, seed=own.seeds)
 def test_products(problem: own.Problem, eps: float, seed: int) -> None:
     """A product that is off by a few bounds, in any direction, is refused."""
@@ -221,6 +281,7 @@ def test_scores(ffn: own.Channels, eps: float, at: int) -> None:
     )
 
 
+@pytest.mark.refuses("kept_channels")
 @given(size=st.integers(4, 30), seed=own.seeds, data=st.data())
 def test_kept_channels(size: int, seed: int, data: st.DataObject) -> None:
     """Neighbours at the cut may change places where their scores are that close, and only there."""
@@ -278,6 +339,766 @@ def test_recording_leaves_the_outer_collector_alone(aside: compare.Collector) ->
     assert inner.table()
     assert not aside.table()
     assert compare.collector() is aside
+
+
+# Bounds, on inputs that are off
+
+
+def refuses(check: Callable[[float], Any], times: float = PAST) -> None:
+    """Assert that a comparison passes with the input as it is and fails with it off."""
+    check(0.0)
+    with pytest.raises(AssertionError, match="where the bound is"):
+        check(times)
+
+
+@pytest.mark.refuses("weight_importance")
+@given(problem=own.problems(("positive", "outlier")), eps=epsilons)
+def test_norms_that_are_off_change_scores_past_their_bound(
+    problem: own.Problem, eps: float
+) -> None:
+    W, x = problem.W, problem.scale
+    assume(W.any())
+    bound = tolerances.weight_importance(eps)
+    # In float64 nothing may differ: not even by the last digit of the norms.
+    refuses(
+        lambda times: compare.relatively_close(
+            "q",
+            importance.weight_importance(W, x * (1 + times * max(bound, EPS64))),
+            importance.weight_importance(W, x),
+            bound,
+        )
+    )
+
+
+@pytest.mark.refuses("root")
+@given(x=own.norm_vectors(5, ("positive", "equal")))
+def test_norms_that_are_off_change_their_roots_past_their_bound(x: own.Array) -> None:
+    bound = tolerances.root()
+    refuses(
+        lambda times: compare.relatively_close(
+            "q",
+            lowrank.column_scale(x * (1 + 2 * times * bound), "eq6"),
+            lowrank.column_scale(x, "eq6"),
+            bound,
+        )
+    )
+
+
+@pytest.mark.refuses("positive_sum", "root_of_positive_sum", "scaled_norms")
+@given(count=st.integers(1, 200), seed=own.seeds)
+def test_a_token_that_is_off_changes_sums_past_their_bound(count: int, seed: int) -> None:
+    """One token of many takes the whole of the deviation."""
+    X = np.random.default_rng(seed).uniform(1, 2, (count, 1))
+    total = statistics.sum_of_squares(X)
+
+    def moved(relative: float) -> own.Array:
+        other = X.copy()
+        other[0] = np.sqrt(X[0] ** 2 + relative * total)
+        return other
+
+    bound = tolerances.positive_sum(count)
+    refuses(
+        lambda times: compare.relatively_close(
+            "q", statistics.sum_of_squares(moved(times * bound)), total, bound
+        )
+    )
+    for bound in (tolerances.root_of_positive_sum(count), tolerances.scaled_norms(count)):
+        refuses(
+            lambda times, bound=bound: compare.relatively_close(
+                "q", statistics.feature_norms(moved(2 * times * bound)), np.sqrt(total), bound
+            )
+        )
+
+
+@pytest.mark.refuses("channel_importance", "group_importance", "half")
+@given(ffn=own.channels(), eps=epsilons, aggregation=own.aggregations)
+def test_weights_that_are_off_change_scores_past_their_bound(
+    ffn: own.Channels, eps: float, aggregation: importance.Aggregation
+) -> None:
+    assume(ffn.up.any() and ffn.x_ffn.any())
+    terms = ffn.down.shape[0]
+    scores = importance.weight_importance(ffn.up, ffn.x_ffn)
+    assume(scores.any())
+    Phi = importance.channel_importance(scores, 1, aggregation)
+    bound = tolerances.channel_importance(scores.shape[1], eps)
+    refuses(
+        lambda times: compare.relatively_close(
+            "q",
+            importance.channel_importance(scores * (1 + times * bound), 1, aggregation),
+            Phi,
+            bound,
+        )
+    )
+
+    def group(factor: float) -> own.Array:
+        matrices = (ffn.up * factor, ffn.gate * factor, ffn.down * factor)
+        return importance.group_importance(*matrices, ffn.x_ffn, ffn.x_down, aggregation)
+
+    C = group(1.0)
+    for relative in (
+        tolerances.group_importance(terms, eps),
+        # Where the naive error is 0, or a rounding of bf16.
+        tolerances.half(0.0, tolerances.group_importance(terms, EPS32)),
+        tolerances.half(2.0**-8, tolerances.group_importance(terms, EPS32)),
+    ):
+        refuses(
+            lambda times, relative=relative: compare.relatively_close(
+                "q", group(1 + times * relative), C, relative
+            )
+        )
+
+
+@pytest.mark.refuses("weighted_error")
+@given(problem=own.problems(("positive", "outlier")), eps=epsilons, seed=own.seeds)
+def test_a_scale_that_is_off_changes_the_error_past_its_bound(
+    problem: own.Problem, eps: float, seed: int
+) -> None:
+    W = problem.W
+    assume(W.any())
+    near = W * np.random.default_rng(seed).uniform(-1, 0.5, W.shape)
+    bound = tolerances.weighted_error(W.size, eps)
+    error = lowrank.weighted_error(W, near, problem.scale)
+    refuses(
+        lambda times: compare.relatively_close(
+            "q",
+            lowrank.weighted_error(W, near, problem.scale * (1 + times * bound / 2)),
+            error,
+            bound,
+        )
+    )
+
+
+@pytest.mark.refuses("low_rank_apply")
+@given(sides=st.tuples(own.sides(), own.sides(), own.sides()), eps=epsilons, seed=own.seeds)
+def test_an_input_that_is_off_changes_the_output_past_its_bound(
+    sides: tuple[int, int, int], eps: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    m, r, n = sides
+    # Of one sign, where the sum of the magnitudes is the output itself.
+    L, R, X = (rng.uniform(1, 2, shape) for shape in ((m, r), (r, n), (1, n)))
+    bound = tolerances.low_rank_apply(L, R, X, eps)
+    y = lowrank.low_rank_apply(L, R, X)
+    relative = float(np.min(bound / y))
+    refuses(
+        lambda times: compare.close(
+            "q", lowrank.low_rank_apply(L, R, X * (1 + times * relative)), y, bound
+        )
+    )
+
+
+def cut_problem(data: st.DataObject) -> tuple[own.Array, own.Array, int]:
+    """Draw a matrix with gaps between its singular values, weights, and a rank that cuts some."""
+    shape = data.draw(st.tuples(own.sides(2), own.sides(2)), label="shape")
+    kind = data.draw(st.sampled_from(("linear", "geometric")), label="kind")
+    W = own.from_spectrum(shape, kind, data.draw(own.scales), data.draw(own.seeds))
+    scale = own.norm_vector(shape[1], "positive", 1.0, data.draw(own.seeds))
+    return W, scale, data.draw(st.integers(1, min(shape) - 1), label="r")
+
+
+def turned(A: own.Array, r: int, angle: float) -> own.Array:
+    """Return the rotation that turns the last kept left singular vector to the first cut one."""
+    U, _, _ = np.linalg.svd(A, full_matrices=False)
+    u, v = U[:, r - 1], U[:, r]
+    plane = np.outer(u, u) + np.outer(v, v)
+    turn = np.outer(v, u) - np.outer(u, v)
+    return np.eye(len(A)) + (np.cos(angle) - 1) * plane + np.sin(angle) * turn
+
+
+@pytest.mark.refuses("svd_product", "awsvd_product")
+@given(data=st.data(), eps=epsilons)
+def test_a_weight_that_is_turned_changes_the_product_past_its_bound(
+    data: st.DataObject, eps: float
+) -> None:
+    W, scale, r = cut_problem(data)
+
+    def plain(W: own.Array) -> own.Array:
+        L, R, _ = lowrank.svd_low_rank(W, r)
+        return L @ R
+
+    def weighted(W: own.Array) -> own.Array:
+        L, R, _ = lowrank.awsvd(W, scale, r)
+        return L @ R
+
+    S = np.linalg.svd(W, compute_uv=False)
+    for A, product, bound in (
+        (W, plain, tolerances.svd_product(S, r, W.shape, eps)),
+        (W * scale, weighted, tolerances.awsvd_product(W, scale, r, eps)),
+    ):
+        if bound is None:
+            continue
+        # The last kept direction moves by the angle times what it holds of the weight.
+        held = np.linalg.svd(A, full_matrices=False)[0][:, r - 1] @ W
+        angle = bound / float(np.linalg.norm(held))
+        if PAST * angle < 0.1:
+            refuses(
+                lambda times, A=A, product=product, bound=bound, angle=angle: compare.spectral(
+                    "q", product(turned(A, r, times * angle) @ W), product(W), bound
+                ),
+                1.01 * PAST,
+            )
+
+
+@pytest.mark.refuses("tail_root", "rival")
+@given(data=st.data(), eps=epsilons)
+def test_a_tail_that_is_off_is_past_its_bound(data: st.DataObject, eps: float) -> None:
+    W, scale, r = cut_problem(data)
+    A = W * scale
+    U, S, V = np.linalg.svd(A, full_matrices=False)
+    tail = float(np.linalg.norm(S[r:]))
+    bound = tolerances.tail_root(S, A.shape, eps)
+    relative = bound / tail
+    # Otherwise what is cut off changes places with what is kept.
+    assume((1 + 1.01 * PAST * relative) * S[r] < S[r - 1])
+
+    def root(times: float) -> float:
+        moved = A + times * relative * (U[:, r:] * S[r:]) @ V[r:]
+        L, R, _ = lowrank.awsvd(moved / scale, scale, r)
+        return float(np.sqrt(lowrank.weighted_error(moved / scale, L @ R, scale)))
+
+    refuses(lambda times: compare.close("q", root(times), tail, bound))
+
+    # Another product may not have a smaller error than one that is off by as much.
+    L, R, _ = lowrank.awsvd(W, scale, r)
+    least = float(np.sqrt(lowrank.weighted_error(W, L @ R, scale)))
+    room = tolerances.tail_root(S, A.shape, EPS64) + tolerances.rival(L, R, scale, least)
+
+    def above(times: float) -> float:
+        """The error of factors that miss the leading direction by a little."""
+        missing = np.sqrt((least + times * room) ** 2 - least**2)
+        other = L @ R - missing * np.outer(U[:, 0], V[0]) / scale
+        return float(np.sqrt(lowrank.weighted_error(W, other, scale))) - least
+
+    refuses(lambda times: compare.within("q", max(0.0, above(times)), room))
+
+
+@pytest.mark.refuses("orthonormality", "full_rank", "full_column_rank", "stored")
+@given(data=st.data(), eps=st.sampled_from((EPS32, 2.0**-7, 2.0**-10)))
+def test_factors_that_are_off_are_past_their_bounds(data: st.DataObject, eps: float) -> None:
+    W, scale, _ = cut_problem(data)
+    L, R, _ = lowrank.awsvd(W, scale, min(W.shape))
+    shape = (W.shape[0], W.shape[1])
+    one = np.eye(L.shape[1])
+    bound = tolerances.orthonormality(shape, EPS64)
+    refuses(
+        lambda times: compare.spectral(
+            "q", (L * (1 + times * bound / 2)).T @ L * (1 + times * bound / 2), one, bound
+        )
+    )
+    size = tolerances.spectral_norm(W)
+    bounds = [tolerances.full_rank(W, EPS64)] if shape[0] <= shape[1] else []
+    for bound in [*bounds, tolerances.full_column_rank(W, scale, EPS64)]:
+        refuses(
+            lambda times, bound=bound: compare.spectral(
+                "q", L @ R, W * (1 + times * bound / size), bound
+            )
+        )
+    # Of one sign, where the norm of the magnitudes is that of the product.
+    L, R = np.abs(L), np.abs(R)
+    bound = tolerances.stored(L, R, eps)
+    refuses(
+        lambda times: compare.within(
+            "q",
+            np.linalg.norm((L * (1 + times * tolerances.SECOND_ORDER * eps)) @ R - L @ R),
+            bound,
+        )
+    )
+
+
+@pytest.mark.refuses("retained_energy")
+@given(size=st.integers(1, 20))
+def test_singular_values_that_are_off_change_the_energy_past_its_bound(size: int) -> None:
+    """Half of the energy before the cut: a relative change of it counts for half."""
+    S = np.ones(2 * size)
+    bound = tolerances.retained_energy(S.size)
+
+    def energy(times: float) -> float:
+        return lowrank.retained_energy(
+            np.where(np.arange(S.size) < size, 1 + 2 * times * bound, 1.0), size
+        )
+
+    refuses(lambda times: compare.close("q", energy(times), 0.5, bound))
+
+
+@pytest.mark.refuses("share", "band")
+@given(exponent=st.integers(3, 12), data=st.data())
+def test_a_ratio_that_is_off_gives_ranks_and_bands_past_the_slack(
+    exponent: int, data: st.DataObject
+) -> None:
+    """Just below a whole number by a few slips: a ratio that is off by as much passes it."""
+    half = 2 ** (exponent - 1)
+    k = data.draw(st.integers(half // 2, half - 1), label="k")
+    square = dict.fromkeys("qkvo", (2 * half, 2 * half))
+    slip = tolerances.share(Fraction(half))
+
+    def over(times: float) -> float:
+        """What a matrix holds above its share of the budget, in ranks."""
+        due = k - Fraction(2) * slip
+        s = float(1 - (due + Fraction(times) * slip) / half)
+        rank = budget.ranks(square, s, 1, False)["q"]
+        assert rank is not None
+        return float(max(Fraction(0), rank - due))
+
+    refuses(lambda times: compare.within("q", over(times), float(slip)))
+
+    d_m = 2 * half
+    slip = tolerances.band(Fraction(1, 2) * d_m + k)
+
+    def wide(times: float) -> float:
+        """What is removed above the share, in channels."""
+        due = d_m // 2 + k - Fraction(2) * slip
+        s = float((due + Fraction(times) * slip) / d_m)
+        _, high = budget.removed_band(d_m, s, 0.0)
+        return float(max(Fraction(0), high - due))
+
+    refuses(lambda times: compare.within("q", wide(times), float(slip)))
+
+
+@pytest.mark.refuses("inner", "output_moment")
+@given(sides=st.tuples(own.sides(), own.sides(), own.sides()), seed=own.seeds)
+def test_moments_that_are_off_are_past_their_bounds(sides: tuple[int, int, int], seed: int) -> None:
+    """Of one sign, where the sum of the magnitudes is the sum itself."""
+    rng = np.random.default_rng(seed)
+    n, d_in, d_out = sides
+    X, W = rng.uniform(1, 2, (n, d_in)), rng.uniform(1, 2, (d_out, d_in))
+    C = statistics.second_moment(X)
+    relative = max(tolerances.positive_sum(n), EPS64)
+    refuses(
+        lambda times: compare.close(
+            "q",
+            statistics.second_moment(X * (1 + times * relative / 2)),
+            C,
+            tolerances.inner(n, X.T @ X),
+        ),
+        PAST + 1,
+    )
+    bound = tolerances.output_moment(W, C)
+    M = pca.output_moment(W, C)
+    relative = float(np.max(bound / M))
+    refuses(
+        lambda times: compare.close("q", pca.output_moment(W, C * (1 + times * relative)), M, bound)
+    )
+
+
+@pytest.mark.refuses("quotient", "magnitude_scale", "scaled_magnitudes")
+@given(count=st.integers(1, 200), alpha=st.sampled_from((0.25, 0.5, 1.0, 2.0)), seed=own.seeds)
+def test_magnitudes_that_are_off_change_means_and_scales_past_their_bounds(
+    count: int, alpha: float, seed: int
+) -> None:
+    total = np.random.default_rng(seed).uniform(1, 2, 5)
+    bound = tolerances.quotient()
+    # A rounding each to make the total and the quotient.
+    refuses(
+        lambda times: compare.relatively_close(
+            "q",
+            statistics.token_mean(total * (1 + times * bound), count),
+            statistics.token_mean(total, count),
+            bound,
+        ),
+        PAST + 1,
+    )
+    for bound in (
+        tolerances.magnitude_scale(alpha),
+        tolerances.scaled_magnitudes(count, alpha),
+    ):
+        refuses(
+            lambda times, bound=bound: compare.relatively_close(
+                "q",
+                lowrank.magnitude_scale(total * (1 + times * bound / alpha), count, alpha),
+                lowrank.magnitude_scale(total, count, alpha),
+                bound,
+            ),
+            PAST + 1,
+        )
+
+
+@pytest.mark.refuses("taylor_importance")
+@given(problem=own.problems(("positive",)), eps=epsilons, seed=own.seeds)
+def test_a_gradient_that_is_off_changes_scores_past_their_bound(
+    problem: own.Problem, eps: float, seed: int
+) -> None:
+    W = problem.W
+    assume(W.any())
+    G = np.random.default_rng(seed).uniform(1, 2, W.shape)
+    scores = importance.taylor_importance(W, G)
+    bound = tolerances.taylor_importance(W, scores, eps)
+    change = np.where(W == 0, 0, np.maximum(bound, EPS64 * scores)) / np.where(W == 0, 1, np.abs(W))
+    refuses(
+        lambda times: compare.close(
+            "q", importance.taylor_importance(W, G + times * change), scores, bound
+        )
+    )
+
+
+@pytest.mark.refuses("head_scores")
+@given(mha=own.heads(), aggregation=own.aggregations)
+def test_weights_that_are_off_change_the_scores_of_heads_past_their_bound(
+    mha: own.Heads, aggregation: importance.Aggregation
+) -> None:
+    scores = tuple(map(np.abs, mha.matrices))
+    assume(any(W.any() for W in scores))
+    bound = tolerances.head_scores(max(W.size for W in scores) // mha.kv_heads)
+
+    def of(factor: float) -> own.Array:
+        return heads.head_scores(*(W * factor for W in scores), mha.kv_heads, aggregation)
+
+    refuses(lambda times: compare.relatively_close("q", of(1 + times * bound), of(1.0), bound))
+
+
+def regular(data: st.DataObject) -> own.OutputProblem:
+    """Draw a problem in which every gap between singular values is wide, and no input is small."""
+    shape = data.draw(st.tuples(own.sides(2), own.sides(2)), label="shape")
+    rng = np.random.default_rng(data.draw(own.seeds))
+    features = shape[1]
+    # Orthogonal tokens of three sizes, moved from the origin.
+    Q = own.orthonormal(4 * features, features, rng) * rng.uniform(1, 2, features)
+    W = own.from_spectrum(shape, "linear", 1.0, data.draw(own.seeds))
+    rank = data.draw(st.integers(1, min(shape) - 1), label="r")
+    return own.OutputProblem(W, Q + rng.uniform(0.5, 1, features), rank)
+
+
+@pytest.mark.refuses(
+    "centred_moment", "centred_moment_of", "scaled_centred_moment", "moved_tokens", "through"
+)
+@given(data=st.data())
+def test_a_moment_that_is_off_changes_the_centred_one_past_its_bound(data: st.DataObject) -> None:
+    problem = regular(data)
+    X, C, t, n = problem.X, problem.C, problem.t, problem.n
+    C_c = statistics.centred_moment(C, t, n)
+    for bound in (
+        tolerances.centred_moment(C, statistics.token_mean(t, n), n),
+        tolerances.centred_moment_of(X),
+        tolerances.scaled_centred_moment(X),
+        # What a move adds on its own is less than the rounding of the moments.
+        tolerances.moved_tokens(X, X + 100),
+    ):
+        refuses(
+            lambda times, bound=bound: compare.close(
+                "q", statistics.centred_moment(C + times * bound, t, n), C_c, bound
+            )
+        )
+    W = np.abs(problem.W) + 0.1
+    delta = 1e-9 * np.abs(C)
+    refuses(
+        lambda times: compare.spectral(
+            "q",
+            pca.output_moment(W, C + times * delta),
+            pca.output_moment(W, C),
+            tolerances.through(W, delta),
+        )
+    )
+
+
+@pytest.mark.refuses("eigenvalues", "square_of_singular_values")
+@given(data=st.data())
+def test_a_moment_that_is_off_changes_eigenvalues_past_their_bounds(data: st.DataObject) -> None:
+    problem = regular(data)
+    W, C = problem.W, problem.C
+    S = pca.pca(W, C, problem.rank)[2]
+    for bound in (
+        tolerances.eigenvalues(W, C),
+        tolerances.square_of_singular_values(S, (W.shape[0], W.shape[1])),
+    ):
+        relative = bound / float(S[0] ** 2)
+        refuses(
+            lambda times, bound=bound, relative=relative: compare.close(
+                "q", pca.pca(W, C * (1 + times * relative), problem.rank)[2] ** 2, S**2, bound
+            )
+        )
+
+
+@pytest.mark.refuses("pca_product", "whitened_product")
+@given(data=st.data())
+def test_a_weight_that_is_turned_changes_the_product_by_outputs_past_its_bound(
+    data: st.DataObject,
+) -> None:
+    problem = regular(data)
+    W, C, r = problem.W, problem.C, problem.rank
+    G = np.linalg.cholesky(C)
+
+    def projected(W: own.Array) -> own.Array:
+        L, R, _ = pca.pca(W, C, r)
+        return L @ R
+
+    def whitened(W: own.Array) -> own.Array:
+        L, R = pca.whitened(W, C, r)
+        return L @ R @ G
+
+    floor = pca.rounding_floor(W, C, max(W.shape))
+    for seen, product, bound in (
+        (W, projected, tolerances.pca_product(W, C, r, floor)),
+        (W @ G, whitened, tolerances.whitened_product(W, C, G, pca.whitened(W, C, r)[1], r)),
+    ):
+        if bound is None:
+            continue
+        held = np.linalg.svd(W @ G, full_matrices=False)[0][:, r - 1] @ seen
+        angle = bound / float(np.linalg.norm(held))
+        refuses(
+            lambda times, product=product, bound=bound, angle=angle: compare.spectral(
+                "q", product(turned(W @ G, r, times * angle) @ W), product(W), bound
+            ),
+            1.01 * PAST,
+        )
+
+
+@pytest.mark.refuses("output_error", "rounded_product", "least_error", "rival_output_error")
+@given(data=st.data(), eps=epsilons)
+def test_weights_that_are_off_change_output_errors_past_their_bounds(
+    data: st.DataObject, eps: float
+) -> None:
+    problem = regular(data)
+    W, C, r = problem.W, problem.C, problem.rank
+    L, R, S = pca.pca(W, C, r)
+    G = np.linalg.cholesky(C)
+    error = pca.output_error(W, L @ R, C)
+    floor = pca.rounding_floor(W, C, max(W.shape))
+
+    bound = tolerances.output_error(W, L @ R, C)
+    relative = bound / error / 2
+    refuses(
+        lambda times: compare.close(
+            "q", pca.output_error(W + times * relative * (W - L @ R), L @ R, C), error, bound
+        )
+    )
+
+    # Another tail: the sum of the eigenvalues that are cut off moves by as much as the error.
+    U, sigma, V = np.linalg.svd(W @ G, full_matrices=False)
+    bound = tolerances.least_error(W, C, L, R, floor, error, eps)
+    whole = float(np.sum(S[r:] ** 2))
+
+    def least(times: float) -> float:
+        factor = np.sqrt(1 + times * bound / whole) - 1
+        moved = W + factor * np.linalg.solve(G.T, ((U[:, r:] * sigma[r:]) @ V[r:]).T).T
+        A, B, _ = pca.pca(moved, C, r)
+        return pca.output_error(moved, A @ B, C)
+
+    if PAST * bound / whole < 0.1 and (sigma[r] / sigma[r - 1]) ** 2 < 0.8:
+        refuses(lambda times: compare.close("q", least(times), whole, bound))
+
+    # A product of another rank than its factors' may not be better by more than rounding.
+    room = tolerances.rival_output_error(W, L, R, C, error)
+    relative = room / error / 2
+    refuses(
+        lambda times: compare.within(
+            "q",
+            max(0.0, error - pca.output_error(W - times * relative * (W - L @ R), L @ R, C)),
+            room,
+        )
+    )
+
+    # Of one sign, and with features that go together, the root of the error is the bound's norm.
+    A, B, d = np.abs(L) + 0.1, np.abs(R) + 0.1, np.sqrt(np.diag(C))
+    bound = tolerances.rounded_product(A, B, np.outer(d, d), eps)
+    relative = bound / float(np.linalg.norm(A @ B @ d))
+
+    def root(times: float) -> float:
+        moved = A * (1 + times * relative)
+        return float(np.sqrt(pca.output_error(moved @ B, A @ B, np.outer(d, d))))
+
+    refuses(lambda times: compare.within("q", root(times), bound))
+
+
+@pytest.mark.refuses("afm_bias")
+@given(data=st.data(), eps=epsilons)
+def test_tokens_that_are_moved_change_the_bias_past_its_bound(
+    data: st.DataObject, eps: float
+) -> None:
+    """All by the same, which turns no direction of the outputs."""
+    problem = regular(data)
+    W, X, t, n, r = problem.W, problem.X, problem.t, problem.n, problem.rank
+    mu, C_c = statistics.token_mean(t, n), statistics.centred_moment(problem.C, t, n)
+    delta = tolerances.through(W, tolerances.centred_moment(problem.C, mu, n))
+    floor = pca.rounding_floor(W, problem.C, max(*W.shape, n))
+    product = tolerances.pca_product(W, C_c, r, floor, delta)
+    assume(product is not None)
+    assert product is not None
+
+    def bias(times: float) -> own.Array:
+        Y = X + times * relative * mu
+        moments = statistics.second_moment(Y), statistics.token_sum(Y)
+        return pca.afm(W, *moments, n, r)[3]
+
+    relative = 0.0
+    expected = bias(0.0)
+    bound = tolerances.afm_bias(W, pca.afm(W, problem.C, t, n, r)[0], mu, product, eps)
+    relative = float(np.min(bound / np.abs(expected)))
+    # Where it is larger the moments of the tokens moved are known less well.
+    assume(relative < 1e-3)
+    refuses(lambda times: compare.close("q", bias(times), expected, bound))
+
+
+@pytest.mark.refuses("central_difference")
+@given(at=st.floats(-1, 1), step=st.floats(1e-4, 1e-2), spread=st.floats(0, 1e-15))
+def test_a_slope_elsewhere_is_past_the_bound_of_a_central_difference(
+    at: float, step: float, spread: float
+) -> None:
+    """The exponential, whose slope at x is its value there."""
+
+    def difference(step: float) -> float:
+        return float(np.exp(at + step) - np.exp(at - step)) / (2 * step)
+
+    near = difference(step)
+    bound = tolerances.central_difference(near, difference(2 * step), step, spread)
+    refuses(lambda times: compare.close("q", np.exp(at) * (1 + times * bound / near), near, bound))
+
+
+@pytest.mark.refuses("cosine_sum")
+@given(count=st.integers(1, 100), features=own.sides(2), seed=own.seeds)
+def test_a_token_that_is_turned_changes_the_cosines_past_their_bound(
+    count: int, features: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((count, features))
+    aside = np.zeros(features)
+    aside[:2] = -X[0, 1], X[0, 0]
+    bound = tolerances.cosine_sum(count, features)
+
+    def turned_by(cosine: float) -> own.Array:
+        Y = X.copy()
+        sine = float(np.sqrt(1 - cosine**2))
+        scale = float(np.linalg.norm(X[0]) / np.linalg.norm(aside))
+        Y[0] = cosine * X[0] + sine * scale * aside
+        return Y
+
+    refuses(
+        lambda times: compare.close(
+            "q", mgaa.cosine_sum(X, turned_by(1 - times * bound)), count, bound
+        )
+    )
+
+
+@pytest.mark.refuses("standard_scores")
+@given(similarities=own.similarities())
+def test_a_similarity_that_is_off_changes_standard_scores_past_their_bound(
+    similarities: list[float],
+) -> None:
+    assume(len(similarities) > 3)
+    z = np.array(mgaa.standard_scores(similarities))
+    deviation = float(np.std(similarities))
+    assume(z.any())
+    bound = tolerances.standard_scores(z, deviation)
+    # The one nearest to the mean: it hardly moves the deviation, and the mean by a fourth at most.
+    at = int(np.argmin(np.abs(z)))
+    assume(abs(z[at]) < 0.5)
+    step = 2 * deviation * bound[at]
+
+    def of(times: float) -> list[float]:
+        moved = list(similarities)
+        moved[at] += times * step
+        return mgaa.standard_scores(moved)
+
+    refuses(lambda times: compare.close("q", of(times), z, bound))
+
+
+@pytest.mark.refuses("highest_ratio", "ratios", "rank_floor")
+@given(target=st.floats(0.1, 0.9), exponent=st.integers(4, 12), data=st.data())
+def test_a_target_that_is_off_changes_ratios_and_floors_past_their_bounds(
+    target: float, exponent: int, data: st.DataObject
+) -> None:
+    bound = tolerances.highest_ratio()
+    # Half of what the target is off by.
+    refuses(
+        lambda times: compare.close(
+            "q",
+            mgaa.highest_ratio(target + 2 * times * bound, 0.5),
+            mgaa.highest_ratio(target, 0.5),
+            bound,
+        )
+    )
+
+    sizes, z, wanted = [4096, 1024], [1.0, -1.0], 0.05
+    bound = tolerances.ratios(sum(sizes), wanted + target)
+
+    def removed(times: float) -> float:
+        shares = mgaa.sublayer_ratios(
+            z, sizes, target + times * bound / sum(sizes), wanted, [1.0, 1.0]
+        )
+        return float(sum(n * Fraction(p) for n, p in zip(sizes, shares, strict=True)))
+
+    refuses(
+        lambda times: compare.close(
+            "q", removed(times), float(sum(sizes) * Fraction(target)), bound
+        )
+    )
+
+    # Just below a whole number by a few slips, as for the budget.
+    half = 2**exponent
+    k = data.draw(st.integers(half // 4, half // 2), label="k")
+    slip = tolerances.rank_floor(Fraction(k))
+
+    def over(times: float) -> float:
+        due = k - Fraction(2) * slip
+        floor = float((due + Fraction(times) * slip) / half)
+        whole = 4 * half * half
+        floors = mgaa.rank_floors({"q": (2 * half, 2 * half)}, whole, floor)
+        return float(max(Fraction(0), floors["q"] - due))
+
+    refuses(lambda times: compare.within("q", over(times), float(slip)))
+
+
+@given(model=own.small_llamas(), seed=own.seeds)
+def test_an_input_of_a_layer_that_is_off_is_past_the_bounds_of_the_forward(
+    model: own.SmallLlama, seed: int
+) -> None:
+    weights = llama.layer_weights(model.weights(), 0)
+    h = llama.embed(model.weights(), own.calibration_ids(model, 2, 6))
+    spread = 1e-9 * np.abs(h)
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), h.shape)
+    known = rounding.Known(h, spread)
+    spreads = rounding.layer_spreads(rounding.Layer(weights, model.shape), known)
+    one = llama.layer_forward(weights, model.shape, h)
+    for name in ("attention", "o", "ffn", "down", "output"):
+
+        def check(times: float, name: str = name) -> None:
+            moved = h + times * CONFIDENCE * spread * signs
+            two = llama.layer_forward(weights, model.shape, moved)
+            llamas.close("q", getattr(two, name), getattr(one, name), getattr(spreads, name))
+
+        # Errors that go together can cancel where features are few: 0.3 of the bound was seen.
+        refuses(check, 5.0)
+
+
+@pytest.mark.refuses("measured_condition")
+@given(model=own.small_llamas(), seed=own.seeds)
+def test_embeddings_that_are_off_change_logits_past_their_bound(
+    model: own.SmallLlama, seed: int
+) -> None:
+    weights, shape = model.weights(), model.shape
+    ids = own.calibration_ids(model, 2, 6)
+    name = "model.embed_tokens.weight"
+    noise = np.random.default_rng(seed).standard_normal(weights[name].shape)
+
+    def logits(size: float) -> own.Array:
+        return llama.logits({**weights, name: weights[name] * (1 + size * noise)}, shape, ids)
+
+    expected, nudge = logits(0.0), 1e-9
+    magnified = float(np.max(np.abs(logits(nudge) - expected))) / nudge
+    terms = 1_000_000  # so that the roundings of the two forwards are far below the bound
+    bound = tolerances.measured_condition(magnified, shape.layers, terms)
+    size = bound / magnified
+    refuses(lambda times: compare.close("q", logits(times * size), expected, bound))
+
+
+@given(X=own.tokens().filter(lambda X: X.any()), size=st.floats(1e-9, 1e-6))
+def test_tokens_that_are_off_are_past_the_bound_of_their_norms(X: own.Array, size: float) -> None:
+    bound = rounding.norm_bounds(X, size * np.abs(X))
+    norms = np.linalg.norm(X, axis=0)
+    refuses(
+        lambda times: compare.close(
+            "q", np.linalg.norm(X * (1 + times * CONFIDENCE * size), axis=0), norms, bound
+        )
+    )
+
+
+@given(problem=own.problems(("positive", "equal")))
+def test_errors_of_norms_past_their_bounds_are_past_the_weighted_bound(
+    problem: own.Problem,
+) -> None:
+    W, moved = problem.W, problem.scale
+    assume(W.any())
+    bound = rounding.weighted_bound(W, moved)
+    # The bound adds the largest row to the largest column, the norm is at least the larger of both.
+    refuses(lambda times: compare.within("q", np.linalg.norm(W * moved * times, 2), bound))
 
 
 @pytest.mark.parametrize("eps", [EPS64, EPS32])

@@ -81,6 +81,13 @@ def test_no_token_and_no_feature(side: Side) -> None:
     assert side("statistics.sum_of_squares", np.zeros((2, 0))).shape == (0,)
 
 
+@pytest.mark.spec("stats.sum-of-squares")
+def test_sums_stay_where_the_inputs_are() -> None:
+    from lorap.ops.statistics import sum_of_squares
+
+    assert sum_of_squares(torch.ones(3, 2, device="meta")).device.type == "meta"
+
+
 @pytest.mark.spec("stats.norm")
 def test_feature_norms(side: Side) -> None:
     assert close(side.norms(X), [5, 5**0.5, 0])
@@ -421,6 +428,7 @@ def test_svd_low_rank(side: Side) -> None:
 
 @pytest.mark.spec("awsvd.scale")
 def test_column_scale(side: Side) -> None:
+    assert side("lowrank.column_scale", [4.0, 0.0, 9.0]).tolist() == [4, 0, 9]
     assert side("lowrank.column_scale", [4.0, 0.0, 9.0], "eq7").tolist() == [4, 0, 9]
     assert side("lowrank.column_scale", [4.0, 0.0, 9.0], "eq6").tolist() == [2, 0, 3]
 
@@ -463,9 +471,30 @@ def test_asvd_is_its_printed_solution(side: Side) -> None:
 def test_weighted_error(side: Side) -> None:
     """Squared: the norm of a feature enters with its square in Eq. (7), as it is in Eq. (6)."""
     W, near = [[1.0, 2.0], [3.0, 4.0]], [[0.0, 2.0], [3.0, 2.0]]
-    assert side("lowrank.weighted_error", W, near, [3.0, 5.0]) == 9 + 4 * 25
+    error = side("lowrank.weighted_error", W, near, [3.0, 5.0])
+    assert error == 9 + 4 * 25
+    assert type(error) is float
     scale = side("lowrank.column_scale", [9.0, 25.0], "eq6")
     assert side("lowrank.weighted_error", W, near, scale) == 9 + 4 * 25
+
+
+@pytest.mark.spec("precision.compute")
+def test_the_weight_decides_what_its_error_is_computed_in() -> None:
+    from lorap.ops.lowrank import weighted_error
+
+    def error(weight: float, dtype: torch.dtype, near: float, near_dtype: torch.dtype) -> float:
+        one = torch.ones(1, dtype=torch.float64)
+        return weighted_error(
+            torch.tensor([[weight]], dtype=dtype), torch.tensor([[near]], dtype=near_dtype), one
+        )
+
+    small = 2.0**-20
+    for half in (torch.bfloat16, torch.float16):
+        assert error(1.0, half, 1 + small, torch.float32) == small**2
+        assert error(1.0, torch.float32, 1.0, half) == 0
+    tiny = 2.0**-40
+    assert error(1 + tiny, torch.float64, 1.0, torch.float32) == tiny**2
+    assert error(1.0, torch.float32, 1 + tiny, torch.float64) == 0
 
 
 def best_direction(A: np.ndarray[Any, Any]) -> float:
@@ -555,6 +584,60 @@ def test_a_spare_direction_just_above_rounding_stays_orthogonal(side: Side) -> N
     assert close(left @ right, W)
 
 
+EPS = 2.0**-52
+
+
+def diagonal(shape: tuple[int, int], *values: float) -> np.ndarray[Any, Any]:
+    W = np.zeros(shape)
+    np.fill_diagonal(W, [*values, *[0.0] * (min(shape) - len(values))])
+    return W
+
+
+@pytest.mark.spec("awsvd.deficient")
+@pytest.mark.parametrize("shape", [(8, 3), (3, 8)])
+def test_a_direction_counts_above_eps_times_the_longer_side(
+    side: Side, shape: tuple[int, int]
+) -> None:
+    """Of ``W D`` with the singular values 1 and t: below the threshold the dead column is next."""
+    W = diagonal(shape, 1.0, 1.0, 5.0)
+    for t, expected in ((9 * EPS, (1.0, 1.0, 0.0)), (7 * EPS, (1.0, 0.0, 5.0))):
+        scale = np.array([1.0, t, *[0.0] * (shape[1] - 2)])
+        left, right, _ = side("lowrank.awsvd", W, scale, 2)
+        assert close(left @ right, diagonal(shape, *expected))
+
+
+@pytest.mark.spec("awsvd.deficient")
+@pytest.mark.parametrize("shape", [(8, 3), (3, 8)])
+def test_a_spare_direction_counts_above_eps_times_the_longer_side_times_the_norm(
+    side: Side, shape: tuple[int, int]
+) -> None:
+    """Two live columns of norm 1, so that the Frobenius norm is the root of 2, and a dead one."""
+    scale = np.array([1.0, 1.0, *[0.0] * (shape[1] - 2)])
+    floor = 8 * 2**0.5 * EPS
+    for size, used in ((1.1 * floor, 1), (0.9 * floor, 0)):
+        left, right, _ = side("lowrank.awsvd", diagonal(shape, 1.0, 1.0, size), scale, 3)
+        assert close(left.T @ left, np.diag([1, 1, used]))
+        # So much smaller than the other entries that only its own size tells.
+        assert (left @ right)[2, 2] == pytest.approx(used * size, rel=1e-3)
+
+
+@pytest.mark.spec("awsvd.deficient")
+def test_a_spare_direction_at_the_floor_does_not_count(side: Side) -> None:
+    """``norm(W)`` is 1 in doubles, and the remainder exactly 8 eps."""
+    for size, used in ((8 * EPS, 0), (8 * EPS * (1 + EPS), 1)):
+        left, _, _ = side("lowrank.awsvd", diagonal((8, 2), 1.0, size), [1.0, 0.0], 2)
+        assert close(left.T @ left, np.diag([1, used]))
+
+
+@pytest.mark.spec("awsvd.deficient", "precision.decomposition")
+def test_a_narrow_scale_does_not_coarsen_the_floor() -> None:
+    from lorap.ops.lowrank import awsvd
+
+    W = torch.diag(torch.tensor([1.0, 1e-9], dtype=torch.float64))
+    left, right, _ = awsvd(W, torch.tensor([1.0, 0.0], dtype=torch.float32), 2)
+    assert (left @ right)[1, 1].item() == pytest.approx(1e-9)
+
+
 @pytest.mark.spec("awsvd.product")
 def test_rank_zero_and_empty_matrices(side: Side) -> None:
     left, right, S = side("lowrank.awsvd", [[1.0, 2.0]], [1.0, 1.0], 0)
@@ -565,10 +648,10 @@ def test_rank_zero_and_empty_matrices(side: Side) -> None:
 
 @pytest.mark.spec("awsvd.deficient")
 def test_numerical_rank(side: Side) -> None:
-    eps = 2.0**-52
     assert side("lowrank.numerical_rank", [1.0, 0.5, 0.0], (3, 4)) == 2
-    assert side("lowrank.numerical_rank", [1.0, 4.5 * eps, 0.0], (3, 4)) == 2
-    assert side("lowrank.numerical_rank", [1.0, 4 * eps, 0.0], (3, 4)) == 1
+    assert side("lowrank.numerical_rank", [1.0, 4.5 * EPS, 0.0], (3, 4)) == 2
+    assert side("lowrank.numerical_rank", [1.0, 4 * EPS, 0.0], (3, 4)) == 1
+    assert type(side("lowrank.numerical_rank", [1.0, 0.5], (2, 2))) is int
     assert side("lowrank.numerical_rank", [0.0, 0.0], (2, 2)) == 0
     assert side("lowrank.numerical_rank", np.zeros(0), (0, 2)) == 0
 
@@ -577,7 +660,17 @@ def test_numerical_rank(side: Side) -> None:
 def test_retained_energy(side: Side) -> None:
     energies = [side("lowrank.retained_energy", [4.0, 3.0, 0.0], r) for r in range(4)]
     assert energies == [0, 16 / 25, 1, 1]
+    assert all(type(energy) is float for energy in energies)
     assert side("lowrank.retained_energy", [0.0, 0.0], 1) == 1
+
+
+@pytest.mark.spec("awsvd.energy", "precision.statistics")
+def test_the_energy_of_narrow_singular_values_is_summed_in_float64() -> None:
+    from lorap.ops.lowrank import retained_energy
+
+    small = 2.0**-13
+    energy = retained_energy(torch.tensor([1.0, small], dtype=torch.float32), 1)
+    assert energy == 1 / (1 + small**2)
 
 
 @pytest.mark.spec("awsvd.energy")
@@ -892,6 +985,8 @@ def test_break_even_rank(side: Side) -> None:
 @pytest.mark.parametrize(
     ("d", "s", "qk", "vo"),
     [
+        # int(0.67 * 51) = 34, times 1.5 just the 51 of break-even.
+        (102, 0.33, 17, None),
         (4096, 0.20, 1228, None),
         (4096, 0.2081, 1195, None),
         (4096, 0.30, 819, None),
@@ -907,6 +1002,8 @@ def test_break_even_rank(side: Side) -> None:
 def test_the_authors_ranks(side: Side, d: int, s: float, qk: int, vo: int | None) -> None:
     ranks = side("budget.ranks", dict.fromkeys("qkvo", (d, d)), s, 3, True)
     assert ranks == {"q": qk, "k": qk, "v": vo, "o": vo}
+    if side.package == "lorap_reference":
+        assert side("budget.authors_ranks", d, s, 3) == ranks
 
 
 @pytest.mark.spec("budget.ranks")
@@ -980,6 +1077,43 @@ def test_the_surplus_may_overflow_again(side: Side) -> None:
     shapes = {"q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8)}
     ranks = side("budget.ranks", shapes, 0.275, 3, False)
     assert ranks == {"q": 1, "k": 1, "v": None, "o": None}
+
+
+@pytest.mark.spec("budget.overflow")
+def test_a_rank_stays_below_break_even_where_two_floors_give_one_too_many(side: Side) -> None:
+    """o and then v stay dense; k is due 0.8 * 0.8 * 40 / 20 - 20 * 0.8 / 20 = 1.28 - 0.8 ranks.
+
+    Floored one by one they leave 1, above its break-even rank of 0.8.
+    """
+    shapes = {"q": (4, 4), "k": (1, 4), "v": (1, 4), "o": (4, 4)}
+    ranks = side("budget.ranks", shapes, 0.2, 2, False)
+    assert ranks == {"q": 1, "k": 0, "v": None, "o": None}
+
+
+@pytest.mark.spec("budget.overflow")
+def test_what_overflows_in_one_round_turns_dense_at_once(side: Side) -> None:
+    """All of v and o are due exactly half of a side in doubles; q and k get the rest.
+
+    0.7 * 15 * 2.5 * 4 / 7 = 15, and 0.625 * 2048 * 4 / 2.5 = 2048 with q and k for v and o. One
+    after the other, the second is due a rounding less than that.
+    """
+    square = dict.fromkeys("qkvo", (30, 30))
+    ranks = side("budget.ranks", square, 0.3, 2.5, False)
+    assert ranks == {"q": 6, "k": 6, "v": None, "o": None}
+    square = dict.fromkeys("qkvo", (4096, 4096))
+    ranks = side("budget.ranks", square, 0.375, 0.25, False)
+    assert ranks == {"q": None, "k": None, "v": 512, "o": 512}
+
+
+@pytest.mark.spec("budget.overflow")
+def test_equal_weights_round_nothing(side: Side) -> None:
+    """Of v and o, 288 parameters, 0.8 * 576 - 288 are left: 6.4 - 4 ranks of o.
+
+    With a weight of 0.1 the 4 would be the floor of 3.9999999999999996.
+    """
+    shapes = {"q": (8, 8), "k": (28, 8), "v": (28, 8), "o": (8, 8)}
+    ranks = side("budget.ranks", shapes, 0.2, 0.1, True)
+    assert ranks == {"q": None, "k": None, "v": 3, "o": 2}
 
 
 @pytest.mark.spec("budget.slack")

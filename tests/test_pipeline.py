@@ -113,6 +113,7 @@ def test_what_is_not_compressed_stays_bit_for_bit(sublayers: tuple[str, ...]) ->
     assert torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
 
 
+@pytest.mark.spec("algorithm.mha", "algorithm.ffn")
 def test_biases_survive_factoring_and_pruning() -> None:
     model = tiny_model(**VARIANTS["biased"])
     compressed = lorap.compress(model, config(ratio=0.4), calibration=IDS)
@@ -165,6 +166,7 @@ def test_a_mask_of_another_shape_is_refused() -> None:
         lorap.compress(tiny_model(), config(), calibration=IDS, attention_mask=torch.ones(8, 3))
 
 
+@pytest.mark.spec("stats.sum-of-squares")
 def test_the_batch_size_changes_rounding_at_most() -> None:
     model = tiny_model()
     settings = {"dtype": "float64", "ratio": 0.4}
@@ -176,6 +178,47 @@ def test_the_batch_size_changes_rounding_at_most() -> None:
         for name in whole:
             if "mlp" in name:
                 assert torch.equal(whole[name], parts[name])
+
+
+@pytest.mark.spec("stats.padding")
+def test_each_batch_has_the_mask_of_its_own_samples() -> None:
+    """Samples of all lengths, padded on the right to the longest."""
+    model = tiny_model()
+    lengths = torch.tensor([16, 3, 9, 1, 12, 6, 2, 15])
+    mask = torch.arange(16)[None, :] < lengths[:, None]
+    settings = {"dtype": "float64", "ratio": 0.4}
+
+    def compressed(ids: torch.Tensor, size: int | None) -> dict[str, torch.Tensor]:
+        options = config(batch_size=size, **settings)
+        return lorap.compress(model, options, calibration=ids, attention_mask=mask).state_dict()
+
+    noise = token_ids(8, 16, seed=5)
+    whole = compressed(IDS, None)
+    other = compressed(torch.where(mask, IDS, noise), 3)
+    for name in whole:
+        if "mlp" in name:
+            assert torch.equal(whole[name], other[name])
+
+
+@pytest.mark.spec("algorithm.mha", "algorithm.ffn")
+@pytest.mark.parametrize(
+    ("settings", "changed", "same"),
+    [
+        ({"weighting": "eq6"}, "self_attn.q_proj.right.weight", "mlp.up_proj.weight"),
+        ({"aggregation": "linf"}, "mlp.up_proj.weight", "self_attn.q_proj.right.weight"),
+        ({"aggregation": "l1"}, "mlp.up_proj.weight", "self_attn.q_proj.right.weight"),
+    ],
+)
+def test_weighting_and_aggregation_change_what_they_are_for(
+    settings: dict[str, Any], changed: str, same: str
+) -> None:
+    """In the first layer; those after it have another input."""
+    model = tiny_model()
+    usual = lorap.compress(model, config(ratio=0.4), calibration=IDS).model.layers[0].state_dict()
+    other = lorap.compress(model, config(ratio=0.4, **settings), calibration=IDS)
+    layer = other.model.layers[0].state_dict()
+    assert not torch.equal(usual[changed], layer[changed])
+    assert torch.equal(usual[same], layer[same])
 
 
 @pytest.mark.spec("algorithm.sequence")

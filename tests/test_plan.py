@@ -103,6 +103,7 @@ def test_model_scope_meets_the_ratio_to_one_rank_and_one_channel(
     assert abs(removed - ratio * result.parameters_before) <= slack
 
 
+@pytest.mark.spec("budget.layer-ratio")
 @pytest.mark.parametrize("ratio", [0.2, 0.35])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_counts_are_those_of_the_model_that_is_built(variant: str, ratio: float) -> None:
@@ -147,6 +148,23 @@ def test_the_largest_reachable_ratio_is_reachable_and_a_little_more_is_not(
         plan(LLAMA_7B, ratio=largest + 2e-4, **settings)
 
 
+@pytest.mark.spec("budget.reachable", "budget.channels")
+def test_a_band_up_to_the_last_channel_is_refused() -> None:
+    """Of 48 channels 24 stay at the low end, and the other 24 would go."""
+    settings: dict[str, Any] = {"sublayers": ("ffn",), "ratio_scope": "layer", "ratio": 0.5}
+    with pytest.raises(UsageError, match=r"no channel is left .* beside the 24 least important"):
+        plan(tiny_config(), least_important=0.5, **settings)
+    (layer, *_) = plan(tiny_config(), least_important=0.49, **settings).layers
+    assert layer["mlp"].band == (23, 47)
+
+
+@pytest.mark.spec("budget.ranks")
+def test_allocation_is_what_v_and_o_get_of_what_q_and_k_get() -> None:
+    for allocation, q, v in ((1, 1024, 1024), (3, 512, 1536), (0.5, 1365, 682)):
+        (layer, *_) = plan(LLAMA_7B, ratio=0.5, ratio_scope="layer", allocation=allocation).layers
+        assert [layer[f"self_attn.{name}_proj"].rank for name in "qkvo"] == [q, q, v, v]
+
+
 def test_a_subset_of_sublayers_carries_the_whole_ratio() -> None:
     result = plan(LLAMA_7B, ratio=0.3, sublayers=("ffn",))
     assert result.achieved_ratio == pytest.approx(0.3, abs=1e-4)
@@ -175,6 +193,21 @@ def test_what_overrides_fix_the_others_make_up_for() -> None:
     assert result.layers[9]["mlp"].width == alone["mlp"].width
     assert abs(result.layers[9]["self_attn.v_proj"].rank - alone["self_attn.v_proj"].rank) <= 2
     assert result.layers[6]["mlp"].width == result.layers[31]["mlp"].width < 11008
+
+
+@pytest.mark.spec("budget.overrides")
+@pytest.mark.parametrize(
+    ("width", "band"), [(48, None), (47, (4, 5)), (5, (4, 47)), (4, (3, 47)), (1, (0, 47))]
+)
+def test_a_width_of_its_own_keeps_one_of_the_top_at_least(
+    width: int, band: tuple[int, int] | None
+) -> None:
+    """10% of 48 channels, 4 whole ones, are the low end."""
+    overrides = [{"match": "*.mlp", "width": width}]
+    result = plan(
+        tiny_config(), ratio=None, sublayers=("ffn",), least_important=0.1, overrides=overrides
+    )
+    assert all(layer["mlp"].band == band for layer in result.layers)
 
 
 @pytest.mark.spec("budget.overrides")

@@ -1,0 +1,340 @@
+"""The reference's LLaMA and Algorithm 1 against hand values, loops, and the steps one by one."""
+
+import math
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from lorap_reference import algorithm1, budget, importance, llama, lowrank, pruning, statistics
+from lorap_reference.algorithm1 import Settings
+from lorap_reference.llama import LlamaShape
+
+Array = NDArray[np.float64]
+
+SHAPE = LlamaShape(layers=2, heads=6, kv_heads=2, head_dim=2, rope_theta=100.0, rms_eps=0.25)
+D, D_M, VOCABULARY = 6, 30, 11
+
+pytestmark = pytest.mark.spec("algorithm.sequence")
+
+
+def close(a: Any, b: Any) -> bool:
+    return bool(np.allclose(a, b, rtol=1e-13, atol=1e-13))
+
+
+def random_weights(bias: bool = True, tied: bool = False) -> dict[str, Array]:
+    """A model of which no two sizes are equal that could be taken for each other."""
+    rng = np.random.default_rng(0)
+    q, kv = SHAPE.heads * SHAPE.head_dim, SHAPE.kv_heads * SHAPE.head_dim
+    linears = {
+        "self_attn.q_proj": (q, D),
+        "self_attn.k_proj": (kv, D),
+        "self_attn.v_proj": (kv, D),
+        "self_attn.o_proj": (D, q),
+        "mlp.gate_proj": (D_M, D),
+        "mlp.up_proj": (D_M, D),
+        "mlp.down_proj": (D, D_M),
+    }
+    weights = {
+        "model.embed_tokens.weight": rng.standard_normal((VOCABULARY, D)),
+        "model.norm.weight": rng.uniform(0.5, 1.5, D),
+    }
+    if not tied:
+        weights["lm_head.weight"] = rng.standard_normal((VOCABULARY, D))
+    for index in range(SHAPE.layers):
+        prefix = f"model.layers.{index}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{prefix}{norm}.weight"] = rng.uniform(0.5, 1.5, D)
+        for name, shape in linears.items():
+            weights[f"{prefix}{name}.weight"] = rng.standard_normal(shape)
+            if bias:
+                weights[f"{prefix}{name}.bias"] = rng.standard_normal(shape[0])
+    return weights
+
+
+@pytest.fixture
+def weights() -> dict[str, Array]:
+    return random_weights()
+
+
+@pytest.fixture
+def layer(weights: dict[str, Array]) -> dict[str, Array]:
+    return llama.layer_weights(weights, 0)
+
+
+@pytest.fixture
+def h(weights: dict[str, Array]) -> Array:
+    return llama.embed(weights, np.random.default_rng(1).integers(VOCABULARY, size=(3, 4)))
+
+
+# --- the model ----------------------------------------------------------------------------------
+
+
+def test_a_linear_is_dense_or_factored_with_a_bias_or_without() -> None:
+    x, W, bias = np.array([[1.0, 2.0]]), np.array([[3.0, 4.0], [5.0, 6.0]]), np.array([10.0, 20.0])
+    L, R = np.array([[1.0], [2.0]]), np.array([[1.0, 1.0]])
+    assert llama.linear({"a.weight": W}, "a", x).tolist() == [[11, 17]]
+    assert llama.linear({"a.weight": W, "a.bias": bias}, "a", x).tolist() == [[21, 37]]
+    factored = {"a.left.weight": L, "a.right.weight": R}
+    assert llama.linear(factored, "a", x).tolist() == [[3, 6]]
+    assert llama.linear(factored | {"a.left.bias": bias}, "a", x).tolist() == [[13, 26]]
+
+
+def test_rms_norm_is_over_features_with_eps_under_the_root() -> None:
+    x, gain = np.array([[3.0, 4.0], [0.0, 1.0]]), np.array([1.0, 2.0])
+    expected = [[3 / 13**0.5, 8 / 13**0.5], [0, 2]]
+    assert close(llama.rms_norm(x, gain, 0.5), expected)
+
+
+def test_rotary_turns_a_feature_of_each_half_by_the_position() -> None:
+    x = np.arange(1.0, 25.0).reshape(1, 2, 3, 4)
+    turned = llama.rotary(x, 100.0)
+    assert turned.shape == x.shape
+    for head in range(2):
+        for position in range(3):
+            a, b, c, d = x[0, head, position]
+            # theta^0 and theta^(-2 / 4).
+            for one, two, first, angle in ((a, c, 0, position), (b, d, 1, position * 0.1)):
+                cos, sin = math.cos(angle), math.sin(angle)
+                got = turned[0, head, position, [first, first + 2]]
+                assert close(got, [one * cos - two * sin, two * cos + one * sin])
+
+
+def test_softmax_is_over_the_last_axis_and_does_not_overflow() -> None:
+    x = np.array([[0.0, math.log(3)], [1000.0, -np.inf]])
+    assert close(llama.softmax(x), [[0.25, 0.75], [1, 0]])
+
+
+def test_silu() -> None:
+    expected = [0, 1 / (1 + math.exp(-1)), -2 / (1 + math.exp(2))]
+    assert close(llama.silu(np.array([0.0, 1.0, -2.0])), expected)
+
+
+def test_attention_by_loops(layer: dict[str, Array], h: Array) -> None:
+    """Query heads 0 to 2 read key head 0, 3 to 5 read 1; a token sees itself and those before."""
+    got = llama.attention(layer, SHAPE, h)
+    assert got.shape == (3, 4, 12)
+
+    def heads(name: str, count: int, turned: bool) -> Array:
+        y = h @ layer[f"self_attn.{name}.weight"].T + layer[f"self_attn.{name}.bias"]
+        parts = [y[:, None, :, 2 * i : 2 * i + 2] for i in range(count)]
+        whole = np.concatenate(parts, axis=1)
+        return llama.rotary(whole, 100.0) if turned else whole
+
+    q, k, v = heads("q_proj", 6, True), heads("k_proj", 2, True), heads("v_proj", 2, False)
+    for n in range(3):
+        for head in range(6):
+            for token in range(4):
+                seen = range(token + 1)
+                logits = [q[n, head, token] @ k[n, head // 3, j] / 2**0.5 for j in seen]
+                powers = [math.exp(value) for value in logits]
+                expected = sum(
+                    power / sum(powers) * v[n, head // 3, j]
+                    for power, j in zip(powers, seen, strict=True)
+                )
+                assert close(got[n, token, 2 * head : 2 * head + 2], expected)
+
+
+def test_a_layer_adds_attention_and_then_the_ffn(layer: dict[str, Array], h: Array) -> None:
+    def linear(name: str, x: Array) -> Array:
+        return np.asarray(x @ layer[f"{name}.weight"].T + layer[f"{name}.bias"])
+
+    def norm(name: str, x: Array) -> Array:
+        return np.asarray(layer[name] * x / np.sqrt((x**2).mean(-1)[..., None] + 0.25))
+
+    trace = llama.layer_forward(layer, SHAPE, h)
+    assert close(trace.attention, norm("input_layernorm.weight", h))
+    assert close(trace.o, llama.attention(layer, SHAPE, trace.attention))
+    middle = h + linear("self_attn.o_proj", trace.o)
+    assert close(trace.ffn, norm("post_attention_layernorm.weight", middle))
+    gate = linear("mlp.gate_proj", trace.ffn)
+    assert close(trace.down, gate / (1 + np.exp(-gate)) * linear("mlp.up_proj", trace.ffn))
+    assert close(trace.output, middle + linear("mlp.down_proj", trace.down))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_are_those_of_the_last_layer_by_the_head(tied: bool) -> None:
+    weights = random_weights(tied=tied)
+    ids = np.array([[3, 0, 10]])
+    h = weights["model.embed_tokens.weight"][ids]
+    assert close(llama.embed(weights, ids), h)
+    for index in (0, 1):
+        h = llama.layer_forward(llama.layer_weights(weights, index), SHAPE, h).output
+    head = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    expected = llama.rms_norm(h, weights["model.norm.weight"], 0.25) @ head.T
+    assert close(llama.logits(weights, SHAPE, ids), expected)
+
+
+def test_everything_is_computed_in_float64() -> None:
+    narrow = {name: value.astype(np.float32) for name, value in random_weights().items()}
+    wide = {name: value.astype(np.float64) for name, value in narrow.items()}
+    ids = np.array([[3, 0, 10]])
+    assert np.array_equal(llama.logits(narrow, SHAPE, ids), llama.logits(wide, SHAPE, ids))
+    new, _ = algorithm1.compress(narrow, SHAPE, ids, Settings(0.3))
+    assert all(value.dtype == np.float64 for value in new.values())
+
+
+def test_layers_are_told_apart_by_their_whole_number() -> None:
+    weights = {f"model.layers.{index}.a": np.array([index]) for index in (1, 10, 11)}
+    weights["model.layers.1.model.layers.1.b"] = np.array([7])
+    named = llama.layer_weights(weights, 1)
+    assert {name: value.tolist() for name, value in named.items()} == {
+        "a": [1],
+        "model.layers.1.b": [7],
+    }
+
+
+# --- Algorithm 1 --------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_the_paper() -> None:
+    assert Settings(0.2) == Settings(
+        layer_ratio=0.2,
+        a=3,
+        least=0.01,
+        nested=True,
+        aggregation="l2",
+        weighting="eq7",
+        mha="awsvd",
+        ffn="channels",
+        joint_qk=False,
+        importance="activation",
+        asvd_alpha=0.5,
+        between=False,
+        within=False,
+        mgaa_alpha=0.35,
+        mgaa_floor=0.25,
+    )
+    assert LlamaShape(1, 1, 1, 2) == LlamaShape(1, 1, 1, 2, 10000.0, 1e-6)
+
+
+@pytest.mark.spec("stats.sum-of-squares")
+def test_sums_of_narrow_inputs_are_taken_in_float64() -> None:
+    X = np.full((3, 1), 1 + 2.0**-20, dtype=np.float32)
+    squares = statistics.sum_of_squares(X)
+    assert squares.dtype == np.float64
+    assert squares.tolist() == [3 * (1 + 2.0**-20) ** 2]
+
+
+@pytest.mark.spec("algorithm.mha")
+@pytest.mark.parametrize("weighting", ["eq7", "eq6"])
+@pytest.mark.parametrize(("ratio", "nested"), [(0.5, True), (0.5, False), (0.1, True)])
+def test_each_projection_is_factored_by_the_norms_of_its_own_input(
+    layer: dict[str, Array], h: Array, ratio: float, nested: bool, weighting: lowrank.Weighting
+) -> None:
+    trace = llama.layer_forward(layer, SHAPE, h)
+    settings = Settings(ratio, a=2, nested=nested, weighting=weighting)
+    sizes = algorithm1.layer_sizes(layer, SHAPE, settings)
+    ranks = sizes.ranks
+    new = algorithm1.factor_matrices(layer, trace, "mha", sizes, settings)
+    shapes = {"q": (12, 6), "k": (4, 6), "v": (4, 6), "o": (6, 12)}
+    assert (None in ranks.values()) == (ratio == 0.1)
+    assert ranks == budget.ranks(shapes, ratio, 2, nested)
+    expected = {}
+    for m, rank in ranks.items():
+        name = f"self_attn.{m}_proj"
+        W, bias = layer[f"{name}.weight"], layer[f"{name}.bias"]
+        if rank is None:
+            expected |= {f"{name}.weight": W, f"{name}.bias": bias}
+            continue
+        X = (trace.o if m == "o" else trace.attention).reshape(12, -1)
+        x = np.sqrt((X**2).sum(axis=0))
+        L, R, _ = lowrank.awsvd(W, x if weighting == "eq7" else np.sqrt(x), rank)
+        expected |= {f"{name}.left.weight": L, f"{name}.right.weight": R, f"{name}.left.bias": bias}
+    assert new.keys() == expected.keys()
+    assert all(close(new[name], expected[name]) for name in expected)
+
+
+@pytest.mark.spec("algorithm.mha")
+def test_where_there_is_no_bias_none_is_made(h: Array) -> None:
+    layer = llama.layer_weights(random_weights(bias=False), 0)
+    step = algorithm1.compress_layer(layer, SHAPE, h, Settings(0.3))
+    assert not any("bias" in name for name in step.weights)
+
+
+@pytest.mark.spec("algorithm.ffn")
+@pytest.mark.parametrize("aggregation", ["l2", "linf"])
+def test_channels_are_those_of_the_group_scores(
+    layer: dict[str, Array], h: Array, aggregation: importance.Aggregation
+) -> None:
+    trace = llama.layer_forward(layer, SHAPE, h)
+    settings = Settings(0.4, least=0.1, aggregation=aggregation)
+    band = algorithm1.layer_sizes(layer, SHAPE, settings).channels
+    assert band == (3, 15)
+    new, kept, scores = algorithm1.compress_ffn(layer, trace, band, settings)
+    gate, up, down = (layer[f"mlp.{m}_proj.weight"] for m in ("gate", "up", "down"))
+    x_ffn, x_down = (statistics.feature_norms(X.reshape(12, -1)) for X in (trace.ffn, trace.down))
+    expected = importance.group_importance(up, gate, down, x_ffn, x_down, aggregation)
+    assert close(scores, expected)
+    # 3 of the least important stay, and 15 of the top.
+    assert kept.tolist() == pruning.kept_channels(expected, 3, 15).tolist()
+    assert kept.size == 18
+    assert {name: value.tolist() for name, value in new.items()} == {
+        "mlp.gate_proj.weight": gate[kept].tolist(),
+        "mlp.up_proj.weight": up[kept].tolist(),
+        "mlp.down_proj.weight": down[:, kept].tolist(),
+        "mlp.gate_proj.bias": layer["mlp.gate_proj.bias"][kept].tolist(),
+        "mlp.up_proj.bias": layer["mlp.up_proj.bias"][kept].tolist(),
+        "mlp.down_proj.bias": layer["mlp.down_proj.bias"].tolist(),
+    }
+
+
+@pytest.mark.spec("algorithm.mha", "algorithm.ffn")
+@pytest.mark.parametrize(
+    ("mha", "ffn"), [("awsvd", "channels"), ("awsvd", None), (None, "channels")]
+)
+def test_a_layer_takes_its_statistics_from_one_uncompressed_forward(
+    layer: dict[str, Array],
+    h: Array,
+    mha: Literal["awsvd"] | None,
+    ffn: Literal["channels"] | None,
+) -> None:
+    settings = Settings(0.4, mha=mha, ffn=ffn)
+    step = algorithm1.compress_layer(layer, SHAPE, h, settings)
+    trace = llama.layer_forward(layer, SHAPE, h)
+    assert all(
+        close(a, b) for a, b in zip(vars(step.trace).values(), vars(trace).values(), strict=True)
+    )
+    expected = dict(layer)
+    sizes = algorithm1.layer_sizes(layer, SHAPE, settings)
+    assert step.ranks == sizes.ranks
+    assert bool(sizes.ranks) == (mha is not None)
+    if mha:
+        new = algorithm1.factor_matrices(layer, trace, "mha", sizes, settings)
+        expected = {n: v for n, v in expected.items() if not n.startswith("self_attn.")} | new
+    if ffn:
+        assert sizes.channels is not None
+        new, kept, scores = algorithm1.compress_ffn(layer, trace, sizes.channels, settings)
+        expected = {n: v for n, v in expected.items() if not n.startswith("mlp.")} | new
+        assert step.kept is not None
+        assert step.kept.tolist() == kept.tolist()
+        assert step.scores is not None
+        assert close(step.scores, scores)
+    else:
+        assert sizes.channels is step.kept is step.scores is None
+    assert step.weights.keys() == expected.keys()
+    assert all(close(step.weights[name], expected[name]) for name in expected)
+    assert close(step.output, llama.layer_forward(expected, SHAPE, h).output)
+    assert not close(step.output, trace.output)
+
+
+def test_each_layer_is_fed_by_the_compressed_ones_before_it(weights: dict[str, Array]) -> None:
+    ids = np.random.default_rng(2).integers(VOCABULARY, size=(3, 4))
+    settings = Settings(0.4)
+    new, steps = algorithm1.compress(weights, SHAPE, ids, settings)
+    h = weights["model.embed_tokens.weight"][ids]
+    expected = {n: v for n, v in weights.items() if not n.startswith("model.layers.")}
+    for index, step in enumerate(steps):
+        layer = llama.layer_weights(weights, index)
+        alone = algorithm1.compress_layer(layer, SHAPE, h, settings)
+        assert close(step.output, alone.output)
+        expected |= {f"model.layers.{index}.{n}": v for n, v in alone.weights.items()}
+        h = alone.output
+    assert len(steps) == 2
+    assert new.keys() == expected.keys()
+    assert all(close(new[name], expected[name]) for name in expected)
+    # Fewer layers than there are weights for: the shape says how many count.
+    _, one = algorithm1.compress(weights, replace(SHAPE, layers=1), ids, settings)
+    assert len(one) == 1

@@ -1,0 +1,76 @@
+"""How much memory the torch path takes beside its inputs and results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lorap.ops import lowrank
+from lorap.ops.statistics import sum_of_squares
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the elements of every tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.made.append((func.overloadpacket.__name__, leaf.numel()))
+        return result
+
+
+def allocations(function: Callable[..., object], *arguments: object) -> list[tuple[str, int]]:
+    with Allocations() as mode:
+        function(*arguments)
+    return mode.made
+
+
+@pytest.mark.spec("precision.statistics")
+def test_inputs_are_widened_32_mib_at_a_time() -> None:
+    """And no less, so that the work is not done in crumbs."""
+    chunk = 32 * 2**20 // 8
+    inputs = torch.ones(5 * chunk // 2 // 128, 128, dtype=torch.float16)
+    made = allocations(sum_of_squares, inputs)
+    widened = [size for name, size in made if name == "_to_copy"]
+    assert widened == [chunk, chunk, chunk // 2]
+
+
+@pytest.mark.spec("precision.statistics")
+@pytest.mark.parametrize("features", [0, 1, 3])
+def test_few_features_are_widened_as_many_tokens_at_a_time(
+    features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorap.ops.statistics._CHUNK_ELEMENTS", 2)
+    inputs = torch.ones(5, features, dtype=torch.float32)
+    widened = [size for name, size in allocations(sum_of_squares, inputs) if name == "_to_copy"]
+    assert widened == {0: [0, 0, 0], 1: [2, 2, 1], 3: [3] * 5}[features]
+
+
+@pytest.mark.spec("precision.decomposition")
+@pytest.mark.parametrize("shape", [(400, 2), (2, 400)])
+@pytest.mark.parametrize("function", ["svd_low_rank", "awsvd"])
+def test_singular_vectors_that_no_rank_can_use_are_not_made(
+    function: str, shape: tuple[int, int]
+) -> None:
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    scale = () if function == "svd_low_rank" else (torch.ones(shape[1]),)
+    made = allocations(getattr(lowrank, function), W, *scale, 2)
+    assert max(size for _, size in made) == W.numel()
+
+
+@pytest.mark.spec("awsvd.deficient")
+def test_spare_directions_take_no_square_of_the_inputs() -> None:
+    W, scale = torch.eye(2, 400), torch.zeros(400)
+    scale[0] = 1
+    assert max(size for _, size in allocations(lowrank.awsvd, W, scale, 2)) == W.numel()
