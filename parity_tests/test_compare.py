@@ -789,6 +789,23 @@ def test_a_moment_that_is_off_changes_the_centred_one_past_its_bound(data: st.Da
     )
 
 
+@pytest.mark.refuses("contract")
+@given(first=st.floats(1.5, 1e3), last=st.floats(0, 1))
+def test_a_direction_that_is_turned_loses_more_than_the_contract_allows(
+    first: float, last: float
+) -> None:
+    A = np.diag([first, last])
+    bound = tolerances.contract(last**2, float(np.linalg.norm(A)), (2, 2))
+
+    def excess(times: float) -> float:
+        """What the first axis loses, turned towards the second."""
+        sine = np.sqrt(times * bound / (first**2 - last**2))
+        u = np.array([np.sqrt(1 - sine**2), sine])
+        return max(float(np.linalg.norm(A - np.outer(u, u @ A)) ** 2) - last**2, 0.0)
+
+    refuses(lambda times: compare.within("q", excess(times), bound))
+
+
 @pytest.mark.refuses("eigenvalues", "square_of_singular_values")
 @given(data=st.data())
 def test_a_moment_that_is_off_changes_eigenvalues_past_their_bounds(data: st.DataObject) -> None:
