@@ -17,7 +17,7 @@ from lorap.families import FAMILIES, MODELING_MODULE
 if TYPE_CHECKING:
     from lorap.config import CompressionConfig
     from lorap.errors import LorapError, UsageError
-    from lorap.evaluation import evaluate_perplexity
+    from lorap.evaluation import evaluate, evaluate_perplexity
     from lorap.pipeline import compress, compress_checkpoint, plan_checkpoint
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ _EXPORTS = {
     "compress_checkpoint": "lorap.pipeline",
     "CompressionConfig": "lorap.config",
     "plan_checkpoint": "lorap.pipeline",
+    "evaluate": "lorap.evaluation",
     "evaluate_perplexity": "lorap.evaluation",
     "LorapError": "lorap.errors",
     "UsageError": "lorap.errors",
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "compress",
     "compress_checkpoint",
+    "evaluate",
     "evaluate_perplexity",
     "plan_checkpoint",
 ]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lorap.audit import AuditResult, Check
     from lorap.config import CompressionConfig
     from lorap.demo import DemoResult
-    from lorap.evaluation import PerplexityReport
+    from lorap.evaluation import Evaluation, PerplexityReport
     from lorap.plan import LayerPlan, ModulePlan, Plan
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -503,20 +503,71 @@ def evaluate(
         ),
     ],
     perplexity: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="SOURCE",
             help=f"Data to take the perplexity on. {_SOURCE} Rows of text are joined with two "
             "newlines and tokenised once, with the tokenizer's default special tokens (one BOS "
             "for LLaMA).",
+            show_default="none",
         ),
-    ],
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Tasks, groups and tags of the LM Evaluation Harness (lm-eval), separated by "
+            "commas. paper: the seven of the paper, with its metrics and their mean.",
+            show_default="none",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The dense model, to be evaluated in the same way and shown beside.",
+            show_default="none",
+        ),
+    ] = None,
     seqlen: Annotated[
-        int, typer.Option(help="Tokens in a chunk: 128 in the paper, 2048 elsewhere.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            help="perplexity: tokens in a chunk: 128 in the paper, 2048 elsewhere. With --rolling, "
+            "tokens that the model sees at once.",
+            show_default="128; with --rolling, all that the model takes",
+        ),
+    ] = None,
+    rolling: Annotated[
+        bool,
+        typer.Option(
+            "--rolling",
+            help="perplexity: take each row for a document and score it whole, window by window, "
+            "as lm-eval does.",
+        ),
+    ] = False,
     field: _Field = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="tasks: score the first so many samples of each. For a quick look: the numbers "
+            "are not those of the task.",
+            show_default="all",
+        ),
+    ] = None,
+    include_path: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="tasks: a folder with tasks of your own, as lm-eval's YAML.",
+            show_default="none",
+        ),
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Chunks in one forward.", show_default="about 4096 tokens")
+        int | None,
+        typer.Option(
+            help="Sequences in one forward.",
+            show_default="about 4096 tokens for a perplexity, 8 requests of a task",
+        ),
     ] = None,
     device: Annotated[
         str, typer.Option(metavar="auto|cpu|cuda", help="auto takes the GPU where there is one.")
@@ -529,6 +580,14 @@ def evaluate(
             show_default="the checkpoint's own",
         ),
     ] = None,
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card",
+            help="Write the results into the folder: into its model card, and in full into "
+            "lorap_evaluation.json.",
+        ),
+    ] = False,
     revision: _Revision = None,
     trust_remote_code: Annotated[
         bool,
@@ -540,29 +599,41 @@ def evaluate(
     ] = False,
     as_json: _Json = False,
 ) -> None:
-    """Take a model's perplexity.
+    """Take a model's perplexity, or score it in tasks, or both.
 
-    By the paper's protocol: non-overlapping chunks, the tail dropped. Printed with the protocol,
-    split, length, tokens and versions.
+    Perplexity by the paper's protocol: non-overlapping chunks, the tail dropped. Printed with the
+    protocol, split, length, tokens and versions.
     """
     _quieten()
-    with _stdout_kept(as_json), _progress("chunks") as progress:
-        report = lorap.evaluate_perplexity(
+    # Two bars on one terminal would be in each other's way, and lm-eval has its own.
+    shown = (
+        _progress("chunks") if tasks is None else contextlib.nullcontext(_line_printer("chunks"))
+    )
+    with _stdout_kept(as_json), shown as progress:
+        from lorap.evaluation.tasks import parse_tasks
+
+        result = lorap.evaluate(
             model,
-            perplexity,
+            perplexity=perplexity,
             seqlen=seqlen,
+            field=field,
+            rolling=rolling,
+            tasks=() if tasks is None else parse_tasks(tasks),
+            limit=limit,
+            include_path=include_path,
+            baseline=baseline,
+            batch_size=batch_size,
             device=device,
             dtype=dtype,
-            field=field,
-            batch_size=batch_size,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            card=card,
             progress=progress,
         )
     if as_json:
-        _print_json(report.to_dict())
+        _print_json(result.to_dict())
     else:
-        _print_perplexity(report)
+        _print_evaluation(result)
 
 
 @app.command()
@@ -684,6 +755,8 @@ def _settings(ctx: typer.Context) -> tuple[CompressionConfig, dict[str, Any]]:
 
 def _quieten() -> None:
     """Keep the libraries' messages and bars out of the output: errors arrive as exceptions."""
+    import logging as standard_logging
+
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as transformers
 
@@ -691,6 +764,8 @@ def _quieten() -> None:
     for logging in untyped:
         logging.set_verbosity_error()
     untyped[1].disable_progress_bar()
+    logging_of_lm_eval = standard_logging.getLogger("lm_eval")
+    logging_of_lm_eval.setLevel(standard_logging.ERROR)
 
 
 def _stdout_kept(needed: bool) -> contextlib.AbstractContextManager[Any]:
@@ -871,10 +946,45 @@ def _print_summary(report: Mapping[str, Any], output: str) -> None:
     typer.echo(f"\nnext: lorap evaluate {shlex.quote(output)} --perplexity wikitext2")
 
 
-def _print_perplexity(report: PerplexityReport) -> None:
+def _print_evaluation(result: Evaluation) -> None:
+    from lorap.checkpoint.evaluations import task_rows
+
+    baseline = result.baseline
+    if result.perplexity is not None:
+        _print_perplexity(result.perplexity, None if baseline is None else baseline.perplexity)
+    if result.tasks is None:
+        return
+    if result.perplexity is not None:
+        typer.echo("")
+    scores = result.tasks
+    compared = None if baseline is None or baseline.tasks is None else baseline.tasks.to_dict()
+    rows = [("task", "metric", "this model", "baseline"), *task_rows(scores.to_dict(), compared)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)]
+        typer.echo("  ".join(cells[: 3 if compared is None else 4]).rstrip())
+    versions = ", ".join(f"{name} {version}" for name, version in scores.versions.items())
+    typer.echo(f"\nmodel       {scores.model}")
+    if compared is not None:
+        typer.echo(f"baseline    {compared['model']}")
+    if scores.limit is not None:
+        typer.echo(
+            f"limit       the first {scores.limit} samples of each task: not its own numbers"
+        )
+    typer.echo(f"samples     {', '.join(f'{task} {n:,}' for task, n in scores.samples.items())}")
+    typer.echo(f"examples    {', '.join(f'{task} {n}' for task, n in scores.shots.items())}")
+    typer.echo(
+        f"computed    in {scores.dtype} on {scores.device}, {scores.batch_size} in a forward"
+    )
+    typer.echo(f"versions    {versions}")
+
+
+def _print_perplexity(report: PerplexityReport, baseline: PerplexityReport | None) -> None:
     split = f", split {report.split}" if report.split else ""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     typer.echo(f"perplexity  {report.perplexity:.4f}")
+    if baseline is not None:
+        typer.echo(f"baseline    {baseline.perplexity:.4f} of {baseline.model}")
     typer.echo(f"model       {report.model}")
     typer.echo(f"data        {report.data}{split if split not in report.data else ''}")
     typer.echo(f"protocol    {report.protocol}")
