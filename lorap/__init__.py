@@ -16,6 +16,7 @@ from lorap.families import FAMILIES, MODELING_MODULE
 
 if TYPE_CHECKING:
     from lorap.config import CompressionConfig
+    from lorap.dense import export_dense
     from lorap.errors import LorapError, UsageError
     from lorap.evaluation import evaluate, evaluate_perplexity
     from lorap.pipeline import compress, compress_checkpoint, plan_checkpoint
@@ -29,6 +30,7 @@ _EXPORTS = {
     "plan_checkpoint": "lorap.pipeline",
     "evaluate": "lorap.evaluation",
     "evaluate_perplexity": "lorap.evaluation",
+    "export_dense": "lorap.dense",
     "LorapError": "lorap.errors",
     "UsageError": "lorap.errors",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "compress_checkpoint",
     "evaluate",
     "evaluate_perplexity",
+    "export_dense",
     "plan_checkpoint",
 ]
 

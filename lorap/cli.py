@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 import lorap
 from lorap.errors import LorapError, UsageError
+from lorap.wording import spans
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -704,6 +705,57 @@ def _parse_layers(text: str) -> list[int]:
 
 
 @app.command()
+def export(
+    ctx: typer.Context,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder that lorap compress wrote.")],
+    output: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder to write; it appears when it is whole.")
+    ],
+    target: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="dense",
+            help="dense: the stock architecture, factors multiplied out.",
+        ),
+    ] = "dense",
+    pad: Annotated[
+        bool,
+        typer.Option(
+            "--pad",
+            help="Where layers differ in their width or their heads, fill all up to the largest "
+            "with zeros, which changes no output.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier run of lorap wrote.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Write a compressed model as one of the stock architecture.
+
+    For vLLM, llama.cpp, SGLang and whatever else reads the original: it loads without lorap and
+    computes the same within rounding. It gives up what the factors save; the report says how much.
+    """
+    if target != "dense":
+        raise UsageError(f"format: expected dense, got {target!r}")
+    _quieten()
+    with _stdout_kept(as_json), _progress("layers") as progress:
+        report = lorap.export_dense(
+            folder,
+            output,
+            pad=pad,
+            overwrite=overwrite,
+            command=shlex.join(["lorap", *ctx.meta[ARGUMENTS]]),
+            progress=progress,
+        )
+    if as_json:
+        _print_json(report)
+    else:
+        _print_export(report, output)
+
+
+@app.command()
 def demo(
     output: Annotated[
         str, typer.Option(metavar="DIR", help="Folder for the compressed model.")
@@ -904,17 +956,7 @@ def _groups(layers: Sequence[LayerPlan]) -> list[tuple[str, LayerPlan]]:
                 break
         else:
             members.append((layer, [index]))
-    return [(_spans(indices), layer) for layer, indices in members]
-
-
-def _spans(indices: Sequence[int]) -> str:
-    spans: list[list[int]] = []
-    for index in indices:
-        if spans and spans[-1][1] == index - 1:
-            spans[-1][1] = index
-        else:
-            spans.append([index, index])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+    return [(spans(indices), layer) for layer, indices in members]
 
 
 def _becomes(module: ModulePlan) -> str:
@@ -1010,13 +1052,35 @@ def _print_audit(result: AuditResult) -> None:
                 if check.detail:
                     typer.echo(f"{'':{width}}      {check.detail}")
     breached = [module.name for module in result.modules if not module.passed]
-    typer.echo(f"\nlayers      {_spans(result.layers)}")
+    typer.echo(f"\nlayers      {spans(result.layers)}")
     typer.echo(f"stored in   {result.storage}, computed in {result.compute}")
     verdict = "every comparison is within its bound"
     if breached:
         verdict = f"BREACH in {len(breached)} of {len(result.modules)}: {', '.join(breached[:8])}"
         verdict += " ..." if len(breached) > 8 else ""
     typer.echo(f"verdict     {verdict}")
+
+
+def _print_export(report: Mapping[str, Any], output: str) -> None:
+    sizes, stored = report["parameters"], report["bytes"]
+    typer.echo(f"format       {report['format']}, a {report['architecture']}")
+    grown = sizes["exported"] - sizes["compressed"]
+    typer.echo(
+        f"parameters   {sizes['compressed']:,} -> {sizes['exported']:,}: {grown:,} of what the "
+        "compression saved are given up"
+    )
+    if sizes["original"] is not None:
+        left = 1 - sizes["exported"] / sizes["original"]
+        typer.echo(f"original     {sizes['original']:,}, of which {left:.2%} stay removed")
+    typer.echo(
+        f"weights      {stored['compressed'] / 2**20:.1f} MiB -> "
+        f"{stored['exported'] / 2**20:.1f} MiB"
+    )
+    for what, layers in report["padded_layers"].items():
+        if layers:
+            size = report[what]
+            typer.echo(f"padded       {what} of layers {spans(layers)} to {size}, with zeros")
+    typer.echo(f"output       {output}")
 
 
 def _print_demo(result: DemoResult) -> None:
