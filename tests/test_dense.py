@@ -220,6 +220,7 @@ save_file({"logits": logits}, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_it_loads_as_llama_where_lorap_is_not_installed(tmp_path: Path) -> None:
     save_tiny_checkpoint(tmp_path / "original")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 96, (4, 16)))
