@@ -606,11 +606,12 @@ def evaluate(
     protocol, split, length, tokens and versions.
     """
     _quieten()
-    # Two bars on one terminal would be in each other's way, and lm-eval has its own.
-    shown = (
-        _progress("chunks") if tasks is None else contextlib.nullcontext(_line_printer("chunks"))
-    )
-    with _stdout_kept(as_json), shown as progress:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_stdout_kept(as_json))
+        # Two bars on one terminal would be in each other's way, and lm-eval has its own.
+        progress = (
+            stack.enter_context(_progress("chunks")) if tasks is None else _line_printer("chunks")
+        )
         from lorap.evaluation.tasks import parse_tasks
 
         result = lorap.evaluate(
@@ -1010,14 +1011,11 @@ def _print_evaluation(result: Evaluation) -> None:
     if compared is not None:
         typer.echo(f"baseline    {compared['model']}")
     if scores.limit is not None:
-        typer.echo(
-            f"limit       the first {scores.limit} samples of each task: not its own numbers"
-        )
+        typer.echo(f"limit       {scores.limit} samples of each task: not the task's own numbers")
     typer.echo(f"samples     {', '.join(f'{task} {n:,}' for task, n in scores.samples.items())}")
     typer.echo(f"examples    {', '.join(f'{task} {n}' for task, n in scores.shots.items())}")
-    typer.echo(
-        f"computed    in {scores.dtype} on {scores.device}, {scores.batch_size} in a forward"
-    )
+    typer.echo(f"computed    in {scores.dtype} on {scores.device}")
+    typer.echo(f"batch size  {scores.batch_size} requests")
     typer.echo(f"versions    {versions}")
 
 

@@ -198,7 +198,7 @@ def evaluate(
     """
     if perplexity is None and not tasks:
         raise UsageError(
-            "expected something to evaluate: give --perplexity SOURCE or --tasks NAMES"
+            "nothing to evaluate: expected --perplexity SOURCE or --tasks NAMES, or both"
         )
     if perplexity is None:
         _without("perplexity", seqlen=seqlen, field=field, rolling=rolling or None)
