@@ -16,8 +16,9 @@ from lorap.families import FAMILIES, MODELING_MODULE
 
 if TYPE_CHECKING:
     from lorap.config import CompressionConfig
+    from lorap.dense import export_dense
     from lorap.errors import LorapError, UsageError
-    from lorap.evaluation import evaluate_perplexity
+    from lorap.evaluation import evaluate, evaluate_perplexity
     from lorap.pipeline.in_memory import compress
     from lorap.pipeline.on_disk import compress_checkpoint, plan_checkpoint
 
@@ -28,7 +29,9 @@ _EXPORTS = {
     "compress_checkpoint": "lorap.pipeline.on_disk",
     "CompressionConfig": "lorap.config",
     "plan_checkpoint": "lorap.pipeline.on_disk",
+    "evaluate": "lorap.evaluation",
     "evaluate_perplexity": "lorap.evaluation",
+    "export_dense": "lorap.dense",
     "LorapError": "lorap.errors",
     "UsageError": "lorap.errors",
 }
@@ -40,7 +43,9 @@ __all__ = [
     "__version__",
     "compress",
     "compress_checkpoint",
+    "evaluate",
     "evaluate_perplexity",
+    "export_dense",
     "plan_checkpoint",
 ]
 

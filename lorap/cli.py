@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 import lorap
 from lorap.errors import LorapError, UsageError
+from lorap.wording import spans
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from lorap.audit import AuditResult, Check
     from lorap.config import CompressionConfig
     from lorap.demo import DemoResult
-    from lorap.evaluation import PerplexityReport
+    from lorap.evaluation import Evaluation, PerplexityReport
     from lorap.plan import LayerPlan, ModulePlan, Plan
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -503,20 +504,71 @@ def evaluate(
         ),
     ],
     perplexity: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="SOURCE",
             help=f"Data to take the perplexity on. {_SOURCE} Rows of text are joined with two "
             "newlines and tokenised once, with the tokenizer's default special tokens (one BOS "
             "for LLaMA).",
+            show_default="none",
         ),
-    ],
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Tasks, groups and tags of the LM Evaluation Harness (lm-eval), separated by "
+            "commas. paper: the seven of the paper, with its metrics and their mean.",
+            show_default="none",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The dense model, to be evaluated in the same way and shown beside.",
+            show_default="none",
+        ),
+    ] = None,
     seqlen: Annotated[
-        int, typer.Option(help="Tokens in a chunk: 128 in the paper, 2048 elsewhere.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            help="perplexity: tokens in a chunk: 128 in the paper, 2048 elsewhere. With --rolling, "
+            "tokens that the model sees at once.",
+            show_default="128; with --rolling, all that the model takes",
+        ),
+    ] = None,
+    rolling: Annotated[
+        bool,
+        typer.Option(
+            "--rolling",
+            help="perplexity: take each row for a document and score it whole, window by window, "
+            "as lm-eval does.",
+        ),
+    ] = False,
     field: _Field = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="tasks: score the first so many samples of each. For a quick look: the numbers "
+            "are not those of the task.",
+            show_default="all",
+        ),
+    ] = None,
+    include_path: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="tasks: a folder with tasks of your own, as lm-eval's YAML.",
+            show_default="none",
+        ),
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Chunks in one forward.", show_default="about 4096 tokens")
+        int | None,
+        typer.Option(
+            help="Sequences in one forward.",
+            show_default="about 4096 tokens for a perplexity, 8 requests of a task",
+        ),
     ] = None,
     device: Annotated[
         str, typer.Option(metavar="auto|cpu|cuda", help="auto takes the GPU where there is one.")
@@ -529,6 +581,14 @@ def evaluate(
             show_default="the checkpoint's own",
         ),
     ] = None,
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card",
+            help="Write the results into the folder: into its model card, and in full into "
+            "lorap_evaluation.json.",
+        ),
+    ] = False,
     revision: _Revision = None,
     trust_remote_code: Annotated[
         bool,
@@ -540,29 +600,42 @@ def evaluate(
     ] = False,
     as_json: _Json = False,
 ) -> None:
-    """Take a model's perplexity.
+    """Take a model's perplexity, or score it in tasks, or both.
 
-    By the paper's protocol: non-overlapping chunks, the tail dropped. Printed with the protocol,
-    split, length, tokens and versions.
+    Perplexity by the paper's protocol: non-overlapping chunks, the tail dropped. Printed with the
+    protocol, split, length, tokens and versions.
     """
     _quieten()
-    with _stdout_kept(as_json), _progress("chunks") as progress:
-        report = lorap.evaluate_perplexity(
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_stdout_kept(as_json))
+        # Two bars on one terminal would be in each other's way, and lm-eval has its own.
+        progress = (
+            stack.enter_context(_progress("chunks")) if tasks is None else _line_printer("chunks")
+        )
+        from lorap.evaluation.tasks import parse_tasks
+
+        result = lorap.evaluate(
             model,
-            perplexity,
+            perplexity=perplexity,
             seqlen=seqlen,
+            field=field,
+            rolling=rolling,
+            tasks=() if tasks is None else parse_tasks(tasks),
+            limit=limit,
+            include_path=include_path,
+            baseline=baseline,
+            batch_size=batch_size,
             device=device,
             dtype=dtype,
-            field=field,
-            batch_size=batch_size,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            card=card,
             progress=progress,
         )
     if as_json:
-        _print_json(report.to_dict())
+        _print_json(result.to_dict())
     else:
-        _print_perplexity(report)
+        _print_evaluation(result)
 
 
 @app.command()
@@ -633,6 +706,57 @@ def _parse_layers(text: str) -> list[int]:
 
 
 @app.command()
+def export(
+    ctx: typer.Context,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder that lorap compress wrote.")],
+    output: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder to write; it appears when it is whole.")
+    ],
+    target: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="dense",
+            help="dense: the stock architecture, factors multiplied out.",
+        ),
+    ] = "dense",
+    pad: Annotated[
+        bool,
+        typer.Option(
+            "--pad",
+            help="Where layers differ in their width or their heads, fill all up to the largest "
+            "with zeros, which changes no output.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier run of lorap wrote.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Write a compressed model as one of the stock architecture.
+
+    For vLLM, llama.cpp, SGLang and whatever else reads the original: it loads without lorap and
+    computes the same within rounding. It gives up what the factors save; the report says how much.
+    """
+    if target != "dense":
+        raise UsageError(f"format: expected dense, got {target!r}")
+    _quieten()
+    with _stdout_kept(as_json), _progress("layers") as progress:
+        report = lorap.export_dense(
+            folder,
+            output,
+            pad=pad,
+            overwrite=overwrite,
+            command=shlex.join(["lorap", *ctx.meta[ARGUMENTS]]),
+            progress=progress,
+        )
+    if as_json:
+        _print_json(report)
+    else:
+        _print_export(report, output)
+
+
+@app.command()
 def demo(
     output: Annotated[
         str, typer.Option(metavar="DIR", help="Folder for the compressed model.")
@@ -684,6 +808,8 @@ def _settings(ctx: typer.Context) -> tuple[CompressionConfig, dict[str, Any]]:
 
 def _quieten() -> None:
     """Keep the libraries' messages and bars out of the output: errors arrive as exceptions."""
+    import logging as standard_logging
+
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as transformers
 
@@ -691,6 +817,8 @@ def _quieten() -> None:
     for logging in untyped:
         logging.set_verbosity_error()
     untyped[1].disable_progress_bar()
+    logging_of_lm_eval = standard_logging.getLogger("lm_eval")
+    logging_of_lm_eval.setLevel(standard_logging.ERROR)
 
 
 def _stdout_kept(needed: bool) -> contextlib.AbstractContextManager[Any]:
@@ -829,17 +957,7 @@ def _groups(layers: Sequence[LayerPlan]) -> list[tuple[str, LayerPlan]]:
                 break
         else:
             members.append((layer, [index]))
-    return [(_spans(indices), layer) for layer, indices in members]
-
-
-def _spans(indices: Sequence[int]) -> str:
-    spans: list[list[int]] = []
-    for index in indices:
-        if spans and spans[-1][1] == index - 1:
-            spans[-1][1] = index
-        else:
-            spans.append([index, index])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+    return [(spans(indices), layer) for layer, indices in members]
 
 
 def _becomes(module: ModulePlan) -> str:
@@ -871,10 +989,42 @@ def _print_summary(report: Mapping[str, Any], output: str) -> None:
     typer.echo(f"\nnext: lorap evaluate {shlex.quote(output)} --perplexity wikitext2")
 
 
-def _print_perplexity(report: PerplexityReport) -> None:
+def _print_evaluation(result: Evaluation) -> None:
+    from lorap.checkpoint.evaluations import task_rows
+
+    baseline = result.baseline
+    if result.perplexity is not None:
+        _print_perplexity(result.perplexity, None if baseline is None else baseline.perplexity)
+    if result.tasks is None:
+        return
+    if result.perplexity is not None:
+        typer.echo("")
+    scores = result.tasks
+    compared = None if baseline is None or baseline.tasks is None else baseline.tasks.to_dict()
+    rows = [("task", "metric", "this model", "baseline"), *task_rows(scores.to_dict(), compared)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)]
+        typer.echo("  ".join(cells[: 3 if compared is None else 4]).rstrip())
+    versions = ", ".join(f"{name} {version}" for name, version in scores.versions.items())
+    typer.echo(f"\nmodel       {scores.model}")
+    if compared is not None:
+        typer.echo(f"baseline    {compared['model']}")
+    if scores.limit is not None:
+        typer.echo(f"limit       {scores.limit} samples of each task: not the task's own numbers")
+    typer.echo(f"samples     {', '.join(f'{task} {n:,}' for task, n in scores.samples.items())}")
+    typer.echo(f"examples    {', '.join(f'{task} {n}' for task, n in scores.shots.items())}")
+    typer.echo(f"computed    in {scores.dtype} on {scores.device}")
+    typer.echo(f"batch size  {scores.batch_size} requests")
+    typer.echo(f"versions    {versions}")
+
+
+def _print_perplexity(report: PerplexityReport, baseline: PerplexityReport | None) -> None:
     split = f", split {report.split}" if report.split else ""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     typer.echo(f"perplexity  {report.perplexity:.4f}")
+    if baseline is not None:
+        typer.echo(f"baseline    {baseline.perplexity:.4f} of {baseline.model}")
     typer.echo(f"model       {report.model}")
     typer.echo(f"data        {report.data}{split if split not in report.data else ''}")
     typer.echo(f"protocol    {report.protocol}")
@@ -900,13 +1050,35 @@ def _print_audit(result: AuditResult) -> None:
                 if check.detail:
                     typer.echo(f"{'':{width}}      {check.detail}")
     breached = [module.name for module in result.modules if not module.passed]
-    typer.echo(f"\nlayers      {_spans(result.layers)}")
+    typer.echo(f"\nlayers      {spans(result.layers)}")
     typer.echo(f"stored in   {result.storage}, computed in {result.compute}")
     verdict = "every comparison is within its bound"
     if breached:
         verdict = f"BREACH in {len(breached)} of {len(result.modules)}: {', '.join(breached[:8])}"
         verdict += " ..." if len(breached) > 8 else ""
     typer.echo(f"verdict     {verdict}")
+
+
+def _print_export(report: Mapping[str, Any], output: str) -> None:
+    sizes, stored = report["parameters"], report["bytes"]
+    typer.echo(f"format       {report['format']}, a {report['architecture']}")
+    grown = sizes["exported"] - sizes["compressed"]
+    typer.echo(
+        f"parameters   {sizes['compressed']:,} -> {sizes['exported']:,}: {grown:,} of what the "
+        "compression saved are given up"
+    )
+    if sizes["original"] is not None:
+        left = 1 - sizes["exported"] / sizes["original"]
+        typer.echo(f"original     {sizes['original']:,}, of which {left:.2%} stay removed")
+    typer.echo(
+        f"weights      {stored['compressed'] / 2**20:.1f} MiB -> "
+        f"{stored['exported'] / 2**20:.1f} MiB"
+    )
+    for what, layers in report["padded_layers"].items():
+        if layers:
+            size = report[what]
+            typer.echo(f"padded       {what} of layers {spans(layers)} to {size}, with zeros")
+    typer.echo(f"output       {output}")
 
 
 def _print_demo(result: DemoResult) -> None:

@@ -23,7 +23,6 @@ from transformers import (
 )
 
 import lorap
-from lorap import evaluation
 from lorap.data import HubSource, sources
 from lorap.errors import LorapError, UsageError
 from lorap.evaluation import (
@@ -32,6 +31,7 @@ from lorap.evaluation import (
     load_evaluation_chunks,
     perplexity,
 )
+from lorap.evaluation.likelihood import default_batch_size
 from lorap.runtime import choose_device
 from tests.tiny_models import save_tiny_checkpoint
 
@@ -202,7 +202,7 @@ def test_loss_beyond_the_exponential_is_an_error() -> None:
     [(128, 32000, 32), (2048, 32000, 2), (2048, 128256, 1), (8192, 32000, 1), (128, 128256, 16)],
 )
 def test_default_batch_size(seqlen: int, vocabulary: int, expected: int) -> None:
-    assert evaluation._default_batch_size(seqlen, vocabulary) == expected
+    assert default_batch_size(seqlen, vocabulary) == expected
 
 
 @pytest.mark.parametrize(

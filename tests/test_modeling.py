@@ -161,14 +161,15 @@ def test_layers_have_their_own_numbers_of_heads() -> None:
     assert [layer.keys.shape[1] for layer in output.past_key_values.layers] == [2, 1, 2]
 
 
-def test_only_layers_with_factored_q_k_or_v_have_another_type_of_attention() -> None:
-    # vLLM's Transformers backend decides once per type whether it fuses q, k and v.
+def test_only_blocks_with_more_than_plain_linears_have_another_type() -> None:
+    # vLLM's Transformers backend decides once per type what it fuses.
     structure: list[dict[str, Any]] = [{"self_attn.o_proj": {"rank": 3}, "mlp": {"width": 5}}]
-    structure += [{"self_attn.v_proj": {"rank": 3}}, {"self_attn": {"kv_heads": 1}}]
+    structure += [{"mlp.up_proj": {"bias": True}}, {"self_attn": {"kv_heads": 1}}]
     model = compressed_model(structure=structure, **VARIANTS["gqa"])
     types = [type(layer.self_attn).__name__ for layer in model.model.layers]
-    assert types == ["LlamaAttention", "LorapLlamaAttention", "LlamaAttention"]
-    assert isinstance(model.model.layers[1].self_attn, type(model.model.layers[0].self_attn))
+    assert types == ["LorapLlamaAttention", "LlamaAttention", "LlamaAttention"]
+    types = [type(layer.mlp).__name__ for layer in model.model.layers]
+    assert types == ["LlamaMLP", "LorapLlamaMLP", "LlamaMLP"]
 
 
 # Configuration

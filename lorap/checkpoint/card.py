@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lorap.checkpoint.files import CARD, REPORT
+from lorap.checkpoint.files import CARD, EXPORT, REPORT
 from lorap.checkpoint.reader import is_local
 
 # Fields of the original's card that hold for the compressed model as well.
@@ -144,6 +144,51 @@ def _what_was_done(settings: Mapping[str, Any]) -> str:
                 f"(scored by {settings['importance']})."
             )
     return "\n".join(done)
+
+
+def dense_card(report: Mapping[str, Any], *, name: str, source: Path) -> str:
+    """Return the README.md of a model exported to the stock architecture.
+
+    Parameters
+    ----------
+    report : mapping
+        The contents of ``lorap_export.json``.
+    name : str
+        The model's name, for the title: that of the output folder.
+    source : Path
+        Folder of the compressed model, whose own card gives licence and language.
+
+    Returns
+    -------
+    str
+        Markdown with a YAML front matter.
+    """
+    sizes = report["parameters"]
+    front = {
+        **_inherited(source),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lorap", "pruning"],
+    }
+    versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
+    original = "not known" if sizes["original"] is None else f"{sizes['original']:,}"
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
+---
+
+# {name}
+
+{source.resolve().name}, a model that lorap made smaller, as a plain `{report["architecture"]}`.
+Its factors are multiplied out, so that it loads anywhere, and is larger.
+
+| | parameters |
+|---|---|
+| original | {original} |
+| compressed | {sizes["compressed"]:,} |
+| this model | {sizes["exported"]:,} |
+
+`{EXPORT}` says what was filled up with zeros. Versions: {versions}.
+"""
 
 
 def _inherited(original: Path | None) -> dict[str, Any]:

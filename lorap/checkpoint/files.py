@@ -13,6 +13,8 @@ INDEX = "model.safetensors.index.json"
 REPORT = "lorap_report.json"
 CALIBRATION = "lorap_calibration.safetensors"
 STATISTICS = "lorap_statistics.safetensors"
+EXPORT = "lorap_export.json"
+EVALUATION = "lorap_evaluation.json"
 CARD = "README.md"
 TEMPLATES = "additional_chat_templates/*.jinja"
 

@@ -194,6 +194,23 @@ class CheckpointReader:
         """Return the bytes of all tensors but the decoder layers', by the names stored."""
         return {name: entry.size_bytes for name, entry in self._others().items()}
 
+    def shards_of_others(self) -> list[list[str]]:
+        """Share the tensors of ``sizes_of_others`` out to shards no larger than a layer's.
+
+        But for a tensor that is larger by itself.
+        """
+        prefix = f"{self.family.layers_path}.0."
+        limit = sum(t.size_bytes for name, t in self.tensors.items() if name.startswith(prefix))
+        shards: list[list[str]] = []
+        room = 0
+        for name, size in self.sizes_of_others().items():
+            if not shards or size > room:
+                shards.append([])
+                room = limit
+            shards[-1].append(name)
+            room -= size
+        return shards
+
     def load_as_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors of ``sizes_of_others``, in memory of their own."""
         others = self._others()
@@ -297,18 +314,21 @@ def open_checkpoint(
     return CheckpointReader(path, source, config, family, tensors, outer, outside)
 
 
-def open_compressed(folder: str | Path) -> CheckpointReader:
+def open_compressed(folder: str | Path, *, complete: bool = False) -> CheckpointReader:
     """Find a compressed model; its tensors are all that the files hold, fitting or not.
 
     Parameters
     ----------
     folder : str or Path
         A local folder.
+    complete : bool
+        Have the tensors be those that the model needs, and no others.
 
     Raises
     ------
     UsageError
-        If it is no folder of a compressed model, or its files are damaged.
+        If it is no folder of a compressed model, its files are damaged, or, where it shall be
+        complete, a tensor is missing or has another shape.
     """
     from transformers import AutoConfig
 
@@ -333,7 +353,10 @@ def open_compressed(folder: str | Path) -> CheckpointReader:
         # transformers raises many types here, those of its validators among them.
         raise UsageError(f"{file}: not a usable configuration: {error}") from error
     stored, outside = _inner(_stored_tensors(path, str(folder), allow_bin=False), whole, folder)
-    tensors = {name: entry.floating() for name, entry in stored.items()}
+    if complete:
+        tensors = _match(stored, family.tensor_shapes(config), str(folder))
+    else:
+        tensors = {name: entry.floating() for name, entry in stored.items()}
     return CheckpointReader(path, str(folder), config, family, tensors, whole, outside)
 
 

@@ -26,6 +26,8 @@ from lorap.checkpoint.files import (
     CALIBRATION,
     CARD,
     CONFIG,
+    EVALUATION,
+    EXPORT,
     INDEX,
     REPORT,
     SIDE_FILES,
@@ -54,6 +56,8 @@ _OWN_FILES = (
     INDEX,
     "modeling_lorap*.py",
     REPORT,
+    EXPORT,
+    EVALUATION,
     CALIBRATION,
     STATISTICS,
     f"{FOLDER}/*",
@@ -168,10 +172,10 @@ def _check_existing(path: Path, output: str | Path, overwrite: bool) -> None:
         raise UsageError(f"{output} exists already; --overwrite replaces it")
     if not any(path.iterdir()):
         return
-    if not _is_compressed(path):
+    if not _is_own(path):
         raise UsageError(
             f"{output} is not replaced: it is neither empty nor a checkpoint of lorap "
-            f"(expected a {REPORT}, and a {CONFIG} of a compressed model)"
+            f"(expected a {REPORT}, and a {CONFIG} of a compressed model; or a {EXPORT})"
         )
     foreign = list(_foreign_entries(path))
     if foreign:
@@ -182,8 +186,10 @@ def _check_existing(path: Path, output: str | Path, overwrite: bool) -> None:
         )
 
 
-def _is_compressed(folder: Path) -> bool:
+def _is_own(folder: Path) -> bool:
     """Whether a folder says of itself that lorap wrote it."""
+    if (folder / EXPORT).is_file():
+        return True
     if not (folder / REPORT).is_file():
         return False
     try:
@@ -427,20 +433,67 @@ class CheckpointWriter:
             If the output, or something in it that lorap does not write, was created meanwhile.
         """
         family = _family_of_compressed(config)
+        if outer is None:
+            self._write_bytes(modeling_file().name, modeling_file().read_bytes())
+        architecture = f"{family.class_prefix}ForCausalLM"
+        return self._finish(config, family.tensor_shapes(config), architecture, {}, outer)
+
+    def commit_stock(
+        self,
+        family: Family,
+        config: PretrainedConfig,
+        expected: Mapping[str, tuple[int, ...]],
+        outer: PretrainedConfig | None = None,
+    ) -> Path:
+        """Finish a checkpoint of a family's stock architecture and put it in its place.
+
+        Parameters
+        ----------
+        family : Family
+        config : PretrainedConfig
+            Of the stock architecture; not changed.
+        expected : mapping
+            Name to shape of the tensors that it asks for.
+        outer : PretrainedConfig, optional
+            As for :meth:`commit`.
+
+        Returns
+        -------
+        Path
+            The output folder.
+
+        Raises
+        ------
+        LorapError, UsageError
+            As :meth:`commit`.
+        """
+        fields = family.other_spelling(config)
+        return self._finish(config, expected, family.stock_class, fields, outer)
+
+    def _finish(
+        self,
+        config: PretrainedConfig,
+        expected: Mapping[str, tuple[int, ...]],
+        architecture: str,
+        fields: Mapping[str, Any],
+        outer: PretrainedConfig | None,
+    ) -> Path:
+        """Write config.json, with further `fields` in it, and rename the folder."""
         written = {name: tensor for shard in self._shards for name, tensor in shard.items()}
         prefix = "" if outer is None else MULTIMODAL[outer.model_type]
         inner = {n.removeprefix(prefix): t for n, t in written.items() if n.startswith(prefix)}
-        _check_tensors(inner, family.tensor_shapes(config))
+        _check_tensors(inner, expected)
         config = copy.deepcopy(config)
         if config.dtype is None:
             config.dtype = next(iter(inner.values())).dtype
         if outer is None:
-            config.architectures = [f"{family.class_prefix}ForCausalLM"]
-            self._write_bytes(modeling_file().name, modeling_file().read_bytes())
+            config.architectures = [architecture]
         else:
             outer = copy.deepcopy(outer)
             outer.text_config = config
-        self.write_text(CONFIG, (outer or config).to_json_string(use_diff=True))
+        values = json.loads((outer or config).to_json_string(use_diff=True))
+        (values if outer is None else values["text_config"]).update(fields)
+        self.write_text(CONFIG, json.dumps(values, indent=2, sort_keys=True) + "\n")
         self._name_shards()
         sync(self._staging)
         self._rename()

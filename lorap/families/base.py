@@ -226,6 +226,64 @@ class Family:
                 found[f"{linear.removesuffix(whole)}{part}.{kind}"] = (rows[part], *shape[1:])
         return found
 
+    @property
+    def stock_class(self) -> str:
+        """Name of the class of transformers that the model belonged to."""
+        return f"{self.class_prefix.removeprefix('Lorap')}ForCausalLM"
+
+    def stock_config(self, config: PretrainedConfig, values: Mapping[str, Any]) -> PretrainedConfig:
+        """Return a configuration of the stock architecture.
+
+        Parameters
+        ----------
+        config : PretrainedConfig
+            Of a compressed model; not changed.
+        values : mapping
+            The fields that differ from its own.
+        """
+        from transformers import AutoConfig
+
+        fields = {
+            name: value
+            for name, value in copy.deepcopy(config.to_dict()).items()
+            if name not in _OWN_FIELDS
+        }
+        stock_class = type(AutoConfig.for_model(self.model_type))
+        if hasattr(stock_class, "rope_parameters"):
+            # Spelled out twice, for either version of transformers; the stock class knows one.
+            for name in self.other_spelling(config):
+                fields.pop(name, None)
+        stock: PretrainedConfig = stock_class(**{**fields, **values})
+        return stock
+
+    def other_spelling(self, config: PretrainedConfig) -> dict[str, Any]:
+        """Return the fields that say in transformers 4 what ``rope_parameters`` says in 5."""
+        rope = getattr(config, "rope_parameters", None)
+        scaling = self.config_class.stock.scaling  # type: ignore[attr-defined]
+        spelled: dict[str, Any] = (
+            self._module()._rope_of_transformers_4(rope, scaling) if rope else {}
+        )
+        return spelled
+
+    def stock_shapes(self, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+        """Return name and shape of every tensor of a checkpoint of the stock architecture.
+
+        Parameters
+        ----------
+        config : PretrainedConfig
+            As :meth:`stock_config` makes it. Where it ties the embeddings, the head is left out.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        auto_class: Any = AutoModelForCausalLM
+        with torch.device("meta"):
+            model = auto_class.from_config(config)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if config.tie_word_embeddings:
+            del shapes[self.head]
+        return shapes
+
     def register(self, module: ModuleType) -> None:
         """Make the Auto classes of transformers know the compressed form, if it knows the family.
 

@@ -5,9 +5,9 @@ lorap is not installed. It therefore imports torch and transformers only, and ru
 4.57 and 5.
 
 A family, say ``Llama``, has the classes ``LorapLlamaConfig``, ``LorapLlamaAttention``,
-``LorapLlamaModel`` and ``LorapLlamaForCausalLM``. They extend those of transformers, whose forwards
-they keep, and are made when one is first asked for: a family that an older transformers does not
-have is no obstacle to the others.
+``LorapLlamaMLP``, ``LorapLlamaModel`` and ``LorapLlamaForCausalLM``. They extend those of
+transformers, whose forwards they keep, and are made when one is first asked for: a family that an
+older transformers does not have is no obstacle to the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ FORMAT_VERSION = 1
 ATTENTION, FFN, JOINT = "self_attn", "mlp", "self_attn.qk_proj"
 """Names in a structure that are not those of linears."""
 
-_SUFFIXES = ("Config", "Attention", "Model", "ForCausalLM")
+_SUFFIXES = ("Config", "Attention", "MLP", "Model", "ForCausalLM")
+_EVERY_LAYER = "layers.*."
 
 
 _SEPARATE = {role: f"{ATTENTION}.{role}_proj" for role in ("q", "k", "v", "o")}
@@ -127,8 +128,6 @@ class LorapConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """
 
     stock: ClassVar[_Stock]
-    # A factored linear cannot be split by the plan of the dense one.
-    base_model_tp_plan: ClassVar[dict[str, str]] = {}
 
     lorap: dict[str, Any] | None
 
@@ -176,6 +175,53 @@ class LorapConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
                 gains_bias="bias" in entry,
             )
         return found
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """How tensor parallelism splits the modules of the base model: its plan as stock has it.
+
+        Of a factored linear whose outputs are split, the left factor is, and of one whose inputs
+        are, the right one; its other factor is on every device.
+        """
+        plan: dict[str, str] = super().base_model_tp_plan or {}
+        if self.lorap is None:
+            return plan
+        layers = [self._layer_plan(index, plan) for index in range(self.num_hidden_layers)]
+        composed = {name for _, names in layers for name in names}
+        # A rule for all layers would meet modules that are factored in some of them. Rules for one
+        # layer are for vLLM: transformers passes over them, and must pass over the whole block.
+        single = {
+            name.partition(".")[0] for rules, _ in layers for name in rules if name in composed
+        }
+        found = {name: style for name, style in plan.items() if not name.startswith(_EVERY_LAYER)}
+        for index, (rules, _) in enumerate(layers):
+            for name, style in rules.items():
+                where = f"layers.{index}." if name.partition(".")[0] in single else _EVERY_LAYER
+                found[f"{where}{name}"] = style
+        return found
+
+    def _layer_plan(self, index: int, plan: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
+        """Return the rules of a layer, and the names of its modules that are more than a linear."""
+        linears, held = self.linears(index), self.stock.held()
+        rules: dict[str, str] = {}
+        composed = set()
+        for pattern, style in plan.items():
+            stored = pattern.removeprefix(_EVERY_LAYER)
+            if stored == pattern:
+                continue
+            parts = held.get(stored, [])
+            if all(linears[part].is_plain for part in parts):
+                rules[stored] = style
+                continue
+            composed |= {stored}
+            factor = "left" if style.startswith("colwise") else "right"
+            for part in parts:
+                if linears[part].rank is None:
+                    rules[part] = style
+                else:
+                    composed |= {part}
+                    rules[f"{part}.{factor}"] = style
+        return rules, composed
 
     def _sizes(self, layer_idx: int) -> dict[str, tuple[int, int]]:
         """Return ``(d_in, d_out)`` of a layer's linears, and of q and k stacked."""
@@ -430,10 +476,10 @@ class SplitLinear(nn.Module):
 # Not called an attention: transformers expects of a file that defines one to call the kernels too,
 # and would refuse to exchange them.
 class FactoredQKV(nn.Module):
-    """The stock attention of a family, for layers in which q, k or v is factored.
+    """The stock attention of a family, for layers in which a projection is more than a linear.
 
     A class of its own, and of these layers only, because inference engines decide by the type of
-    the attention module whether q, k and v may be fused.
+    a module, and by the source of its forward, which of its linears may be fused.
     """
 
     def __init__(self, config: LorapConfig, layer_idx: int) -> None:
@@ -458,6 +504,18 @@ class FactoredQKV(nn.Module):
             return super().forward(hidden_states, *args, **kwargs)
         finally:
             self._shared = None
+
+
+class FactoredFFN(nn.Module):
+    """The stock feed-forward block of a family, where a projection is more than a linear.
+
+    A class and a forward of its own for the same reason as `FactoredQKV`.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Run the stock forward."""
+        output: Tensor = super().forward(hidden_states)
+        return output
 
 
 class _LayerConfig:
@@ -488,6 +546,7 @@ class LorapModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     layer_class: ClassVar[type[nn.Module]]
     attention_class: ClassVar[type[FactoredQKV]]
+    ffn_class: ClassVar[Any]
 
     # Not empty, as that of Gemma 3 in transformers 4.
     base_model_prefix = "model"
@@ -517,8 +576,10 @@ class LorapModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         if not config.layer_structure(index):
             return
         shapes, names = config.linears(index), config.stock.linears
-        if any(shapes[names[role]].rank is not None for role in ("q", "k", "v")):
+        if not all(shapes[names[role]].is_plain for role in ("q", "k", "v", "o")):
             layer.self_attn = cls.attention_class(config, index)
+        if not all(shapes[names[role]].is_plain for role in ("gate", "up", "down")):
+            layer.mlp = cls.ffn_class(config)
         q = shapes[names["q"]]
         if q.joint:
             assert q.rank is not None
@@ -604,6 +665,7 @@ def _make_classes(prefix: str) -> dict[str, type]:
         stock=stock,
     )
     attention = make("Attention", FactoredQKV, getattr(module, f"{prefix}Attention"))
+    ffn = make("MLP", FactoredFFN, getattr(module, f"{prefix}MLP"))
     model = make(
         "Model",
         LorapModel,
@@ -611,6 +673,7 @@ def _make_classes(prefix: str) -> dict[str, type]:
         config_class=config,
         layer_class=getattr(module, f"{prefix}DecoderLayer"),
         attention_class=attention,
+        ffn_class=ffn,
     )
     make(
         "ForCausalLM",

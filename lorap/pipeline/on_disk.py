@@ -116,7 +116,7 @@ def compress_checkpoint(
     )
     decoder = _decoder(reader, device, dtype)
     samples = Samples(chosen.input_ids, batch_size=config.batch_size)
-    others = _shards_of_others(reader)
+    others = reader.shards_of_others()
     writer = CheckpointWriter(
         output,
         overwrite=overwrite,
@@ -284,24 +284,6 @@ def _statistics(
         assert found is not None
         statistics |= {f"{path}.{index}.{name}": x for name, x in found[1].items()}
     return statistics
-
-
-def _shards_of_others(reader: CheckpointReader) -> list[list[str]]:
-    """Share the tensors outside the decoder layers out to shards no larger than a layer's.
-
-    But for a tensor that is larger by itself.
-    """
-    prefix = f"{reader.family.layers_path}.0."
-    limit = sum(t.size_bytes for name, t in reader.tensors.items() if name.startswith(prefix))
-    shards: list[list[str]] = []
-    room = 0
-    for name, size in reader.sizes_of_others().items():
-        if not shards or size > room:
-            shards.append([])
-            room = limit
-        shards[-1].append(name)
-        room -= size
-    return shards
 
 
 def plan_checkpoint(
