@@ -1,7 +1,8 @@
 """Structured compression of language models: low-rank attention and pruned feed-forward blocks.
 
 Importing this package is cheap, and makes transformers load compressed checkpoints: the Auto
-classes learn of them as soon as transformers itself is imported, before or after.
+classes learn of them as soon as transformers itself is imported, before or after. Likewise PEFT
+learns to put LoRA around factored linears.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lorap.errors import LorapError, UsageError
     from lorap.evaluation import evaluate_perplexity
     from lorap.pipeline import compress, compress_checkpoint, plan_checkpoint
+    from lorap.recovery import RecoveryConfig, merge_adapter, recover
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,9 @@ _EXPORTS = {
     "CompressionConfig": "lorap.config",
     "plan_checkpoint": "lorap.pipeline",
     "evaluate_perplexity": "lorap.evaluation",
+    "recover": "lorap.recovery",
+    "merge_adapter": "lorap.recovery",
+    "RecoveryConfig": "lorap.recovery",
     "LorapError": "lorap.errors",
     "UsageError": "lorap.errors",
 }
@@ -35,12 +40,15 @@ _EXPORTS = {
 __all__ = [
     "CompressionConfig",
     "LorapError",
+    "RecoveryConfig",
     "UsageError",
     "__version__",
     "compress",
     "compress_checkpoint",
     "evaluate_perplexity",
+    "merge_adapter",
     "plan_checkpoint",
+    "recover",
 ]
 
 
@@ -58,8 +66,13 @@ def _import_models(_: ModuleType) -> None:
     importlib.import_module(MODELING_MODULE)
 
 
+def _register_lora(peft: ModuleType) -> None:
+    importlib.import_module("lorap.recovery.layers").register(peft)
+
+
 # Two steps, since either module may be the first one imported: the classes are registered once
 # their module is complete, and transformers only causes it to be imported.
 for _family in FAMILIES.values():
     wrapt.register_post_import_hook(_family.register, MODELING_MODULE)
 wrapt.register_post_import_hook(_import_models, "transformers")
+wrapt.register_post_import_hook(_register_lora, "peft")

@@ -1,4 +1,4 @@
-"""The two kinds of failure that a user meets; everything else is a defect of lorap."""
+"""The kinds of failure that a user meets; everything else is a defect of lorap."""
 
 
 class LorapError(Exception):
@@ -7,6 +7,21 @@ class LorapError(Exception):
 
 class UsageError(LorapError):
     """An argument, option, path or file that cannot be used. The command line exits with 2."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that a signal ended, and that has something to say about it.
+
+    Parameters
+    ----------
+    message : str
+    number : int
+        Of the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def first_line(error: BaseException) -> str:

@@ -294,7 +294,7 @@ def _whole_text(
     data: TextRows, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[npt.NDArray[np.int64], str]:
     """Return the ids of all rows, shape (1, tokens), and which special tokens are among them."""
-    chat = not isinstance(data.rows[0], str)
+    chat = isinstance(data.rows[0], list)
     text = "\n\n".join(data.render(index, tokenizer) for index in range(len(data.rows)))
     ids = tokenize(text, tokenizer, add_special_tokens=not chat)
     special = "the special tokens of the chat template" if chat else "the default special tokens"

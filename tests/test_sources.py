@@ -228,7 +228,7 @@ def test_unknown_sources_list_the_known_ones(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("x")
     known = ["bookcorpus, c4, wikitext2, ptb", "owner/name:split:field"]
-    suffixes = ".txt, .jsonl, .parquet, .npy, .safetensors"
+    suffixes = ".txt, .json, .jsonl, .parquet, .npy, .safetensors"
     fails(path, "suffix that is not known", *known, suffixes)
     for source in ("wikitext", "owner/name", "owner/name:train", "a.csv", ""):
         fails(source, f"{source!r} is neither a named set nor a file", *known, suffixes)
