@@ -43,9 +43,6 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a run after it has tidied up."""
 
 
-_INTERRUPTED = "interrupted; nothing half-written is left behind"
-
-
 class _Commands(TyperGroup):
     """The commands, with one place that turns errors into messages and exit statuses."""
 
@@ -59,15 +56,14 @@ class _Commands(TyperGroup):
         except UsageError as error:
             _fail(str(error), 2)
         except LorapError as error:
-            _fail(str(error), 1)
-        except Interrupted as error:
-            _fail(str(error), 128 + error.number)
-        except KeyboardInterrupt:
-            _fail(_INTERRUPTED, 128 + signal.SIGINT)
+            _fail(_noted(error), 1)
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+            _fail(f"interrupted; {_left(error)}", 128 + number)
         except BrokenPipeError:
             raise
         except OSError as error:
-            _fail(str(error), 1)
+            _fail(_noted(error), 1)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -77,6 +73,16 @@ class _Commands(TyperGroup):
                 f"{detail}",
                 1,
             )
+
+
+def _noted(error: BaseException) -> str:
+    """Return the message of an error, and what was noted about it on its way."""
+    return "; ".join([str(error), *getattr(error, "__notes__", [])])
+
+
+def _left(error: BaseException) -> str:
+    """Say what an interrupted run has left."""
+    return "; ".join(getattr(error, "__notes__", [])) or "nothing half-written is left behind"
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -121,7 +127,7 @@ def _end(number: int, frame: object) -> None:
     # Another signal must not interrupt the removal.
     for later in ENDING:
         signal.signal(later, signal.SIG_IGN)
-    raise Interrupted(_INTERRUPTED, number)
+    raise Interrupted(number)
 
 
 def _print_version(wanted: bool) -> None:
@@ -317,6 +323,15 @@ _Device = Annotated[
         show_default="auto",
     ),
 ]
+_Activations = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|device|cpu|disk",
+        help="Where the samples' hidden states wait between layers: on the device, in the CPU's "
+        "memory, or in files; auto takes the first place in which they fit.",
+        show_default="auto",
+    ),
+]
 _Dtype = Annotated[
     str | None,
     typer.Option(
@@ -358,6 +373,7 @@ def plan(
     seed: _Seed = None,
     batch_size: _BatchSize = None,
     device: _Device = None,
+    activations: _Activations = None,
     dtype: _Dtype = None,
     config: _RecipeFile = None,
     revision: _Revision = None,
@@ -419,6 +435,7 @@ def compress(
     seed: _Seed = None,
     batch_size: _BatchSize = None,
     device: _Device = None,
+    activations: _Activations = None,
     dtype: _Dtype = None,
     revision: _Revision = None,
     config: _RecipeFile = None,
@@ -432,7 +449,17 @@ def compress(
     overwrite: Annotated[
         bool | None,
         typer.Option(
-            help="Replace an output folder that an earlier compression wrote.", show_default="no"
+            help="Replace an output folder that an earlier compression wrote, and what one that "
+            "ended early left.",
+            show_default="no",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            help="Go on with the finished layers of a run that ended early; the same options and "
+            "files are needed. With nothing left of one, start afresh.",
+            show_default="no",
         ),
     ] = None,
     as_json: _Json = False,

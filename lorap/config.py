@@ -26,6 +26,7 @@ Aggregation = Literal["l1", "l2", "linf"]
 Weighting = Literal["eq7", "eq6"]
 MgaaAllocation = Literal["mgaa", "mgaa-between", "mgaa-within"]
 Device = Literal["auto", "cpu", "cuda"]
+Activations = Literal["auto", "device", "cpu", "disk"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 
 LARGEST_ALLOCATION = 1000.0
@@ -134,6 +135,9 @@ class CompressionConfig:
         Samples in a forward; None takes about 8192 tokens.
     device : {"auto", "cpu", "cuda"}
         ``auto`` takes the GPU where there is one; a model in memory stays where it is.
+    activations : {"auto", "device", "cpu", "disk"}
+        Where the samples' hidden states wait between layers; ``auto`` takes the first place in
+        which they fit.
     dtype : str or None
         Of the computation outside the decompositions; None takes the checkpoint's own.
     overrides : tuple of Override
@@ -165,6 +169,7 @@ class CompressionConfig:
     seed: int = 0
     batch_size: int | None = None
     device: Device = "auto"
+    activations: Activations = "auto"
     dtype: DType | None = None
     overrides: tuple[Override, ...] = field(default=())
 
@@ -206,6 +211,7 @@ class CompressionConfig:
         if self.batch_size is not None:
             store("batch_size", _int("batch_size", self.batch_size, 1))
         _check_choice("device", self.device, get_args(Device))
+        _check_choice("activations", self.activations, get_args(Activations))
         if self.dtype is not None:
             _check_choice("dtype", self.dtype, get_args(DType))
         given: object = self.overrides
@@ -317,6 +323,7 @@ RUN_OPTIONS: Mapping[str, type] = {
     "field": str,
     "revision": str,
     "overwrite": bool,
+    "resume": bool,
     "allow_bin": bool,
 }
 """Options of ``lorap compress`` that say where to read and write, with their types in a recipe."""

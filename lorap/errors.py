@@ -10,17 +10,16 @@ class UsageError(LorapError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that a signal ended, and that has something to say about it.
+    """A run that was told to end by a signal; notes on it say what it has left.
 
     Parameters
     ----------
-    message : str
     number : int
         Of the signal.
     """
 
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
+    def __init__(self, number: int) -> None:
+        super().__init__()
         self.number = number
 
 

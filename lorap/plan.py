@@ -13,6 +13,7 @@ from lorap.errors import UsageError
 from lorap.ops import budget, mgaa
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PretrainedConfig
 
@@ -203,6 +204,33 @@ class Measurements:
         """Return the similarities of a layer's sub-layers; None where they were not measured."""
         found = {sub: value for (at, sub), value in self.similarities.items() if at == layer}
         return {str(sublayer): value for sublayer, value in found.items()} or None
+
+    @classmethod
+    def of_tensors(
+        cls, tensors: Mapping[str, Tensor], layers_path: str, device: torch.device
+    ) -> Measurements:
+        """Return the measurements that ``tensors`` gave.
+
+        Parameters
+        ----------
+        tensors : mapping
+        layers_path : str
+        device : torch.device
+            For the scores.
+        """
+        found = cls()
+        for full, tensor in tensors.items():
+            index, _, rest = full.removeprefix(f"{layers_path}.").partition(".")
+            name, _, kind = rest.rpartition(".")
+            if kind == "spectrum":
+                found.spectra[f"layers.{index}.{name}"] = tensor
+                continue
+            sublayer: Sublayer = "mha" if name == "mha" else "ffn"
+            if kind == "similarity":
+                found.similarities[int(index), sublayer] = float(tensor)
+            else:
+                found.scores.setdefault(int(index), {})[sublayer] = tensor.to(device)
+        return found
 
     def tensors(self, layers_path: str) -> dict[str, Tensor]:
         """Return all that was measured as tensors, float64, under the names of the layers.

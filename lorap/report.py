@@ -25,6 +25,7 @@ def make_report(
     measurements: Measurements,
     calibration: Calibration,
     layers: Sequence[tuple[Mapping[str, Any], float]],
+    resumed_layers: int,
     device: torch.device,
     seconds: float,
     command: str,
@@ -44,6 +45,8 @@ def make_report(
     calibration : Calibration
     layers : sequence of (modules, seconds)
         One pair per decoder layer, as in ``pipeline.layers.LayerResult``.
+    resumed_layers : int
+        Of these, how many an earlier run had finished.
     device : torch.device
         Where it was computed.
     seconds : float
@@ -84,6 +87,7 @@ def make_report(
                 zip(layers, plan.ratios(), strict=True)
             )
         ],
+        "resumed_layers": resumed_layers,
         "device": str(device),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(device),

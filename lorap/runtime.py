@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
 import resource
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -84,6 +86,19 @@ def versions(extra: Sequence[str] = ()) -> dict[str, str]:
     for package in (*PACKAGES, *extra):
         found[package] = importlib.metadata.version(package)
     return found
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that a program can have at present without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    except OSError:
+        # Not a Linux.
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

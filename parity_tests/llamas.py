@@ -131,11 +131,14 @@ class Run:
         Of the uncompressed model; empty where there was nothing to measure.
     plan : Plan
     layers : list of LayerResult
+    outputs : list of (N, L, d)
+        Of the compressed layers.
     """
 
     measurements: Measurements
     plan: Plan
     layers: list[LayerResult]
+    outputs: list[Array]
 
 
 def torch_run(
@@ -153,19 +156,15 @@ def torch_run(
     )
     draft = draft_plan(model.config, decoder.family, config)
     advance = Steps(None, config, decoder.layers)
-    plan, measurements = measured_plan(decoder, samples, draft, config, advance)
-    layers = compress_layers(decoder, samples, plan, config, measurements)
-    return Run(measurements, plan, list(layers))
-
-
-def outputs(layer: LayerResult) -> Array:
-    """Return the output of a layer for all samples, ``(N, L, d)``."""
-    return compare.as_array(torch.cat(layer.outputs))
-
-
-def trimmed(layer: LayerResult, length: int) -> LayerResult:
-    """Return the same with the outputs of the first `length` tokens alone."""
-    return replace(layer, outputs=[output[:, :length] for output in layer.outputs])
+    store = decoder.store(samples, config)
+    plan, measurements = measured_plan(decoder, samples, store, draft, config, advance)
+    batches = decoder.embed(samples, store)
+    run = Run(measurements, plan, [], [])
+    for layer in compress_layers(decoder, batches, plan, config, measurements):
+        run.layers.append(layer)
+        hidden = torch.cat([batch.kept.load() for batch in batches])
+        run.outputs.append(compare.as_array(hidden))
+    return run
 
 
 def close(quantity: str, ours: object, reference: Array, spread: Array) -> None:

@@ -23,7 +23,6 @@ from parity_tests import compare, rounding, tolerances, tracked
 from parity_tests.llamas import (
     Run,
     close,
-    outputs,
     reference_settings,
     reference_shape,
     reference_weights,
@@ -203,13 +202,15 @@ def spectrum_bound(
     return tolerances.singular_values(S, shape, EPS64) + rounding.weighted_bound(W, moved)
 
 
-def check_layer(ours: LayerResult, step: Step) -> Verdict:
+def check_layer(ours: LayerResult, output: Array, step: Step) -> Verdict:
     """Compare one step of Algorithm 1 with the reference's.
 
     Parameters
     ----------
     ours : LayerResult
         What the pipeline made of the layer.
+    output : (N, L, d)
+        What it computed with it.
     step : Step
     """
     layer, settings, prefix = step.layer, step.settings, step.prefix
@@ -259,7 +260,7 @@ def check_layer(ours: LayerResult, step: Step) -> Verdict:
 
     compressed = rounding.Layer(theirs.weights, step.shape, deviations, step.precision)
     spread = rounding.layer_spreads(compressed, step.h).output
-    close(f"{prefix}inputs of the next layer", outputs(ours), theirs.output, spread)
+    close(f"{prefix}inputs of the next layer", output, theirs.output, spread)
     return Verdict(Known(theirs.output, spread))
 
 
@@ -547,15 +548,15 @@ def check_each_layer(
     step = steps_of(run, weights, shape, ids, settings, precision, prefix)
     h = llama.embed(weights, ids)
     verdicts = []
-    for ours in run.layers:
+    for ours, our_output in zip(run.layers, run.outputs, strict=True):
         known = Known(h, np.zeros_like(h))
-        verdicts.append(check_layer(ours, step(ours.index, known)))
+        verdicts.append(check_layer(ours, our_output, step(ours.index, known)))
         mine = {name: compare.as_array(value) for name, value in ours.tensors.items()}
         # Whatever is determined: our weights, run by the reference, give our output.
         spreads = rounding.layer_spreads(rounding.Layer(mine, shape, precision=precision), known)
         output = llama.layer_forward(mine, shape, h).output
-        close(f"{prefix}output of our weights", outputs(ours), output, spreads.output)
-        h = outputs(ours)
+        close(f"{prefix}output of our weights", our_output, output, spreads.output)
+        h = our_output
     return verdicts
 
 
@@ -581,8 +582,8 @@ def check_chain(
     h = llama.embed(weights, ids)
     known = Known(h, np.zeros_like(h))
     compared: list[Known] = []
-    for ours in run.layers:
-        verdict = check_layer(ours, step(ours.index, known))
+    for ours, our_output in zip(run.layers, run.outputs, strict=True):
+        verdict = check_layer(ours, our_output, step(ours.index, known))
         if verdict.output is None:
             break
         known = verdict.output

@@ -258,7 +258,10 @@ def layer_sizes(
         else:
             W = matrices(layer, sublayer, settings)
             shapes = {m: (w.shape[0], w.shape[1]) for m, w in W.items()}
-            if spectra is None:
+            if s == 0:
+                # What MGAA leaves alone; uniform ranks would be rounded down.
+                ranks |= dict.fromkeys(shapes)
+            elif spectra is None:
                 a = 1 if settings.between else settings.a
                 ranks |= budget.ranks(shapes, s, a, settings.nested)
             else:

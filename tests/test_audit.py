@@ -468,7 +468,7 @@ def test_calibration_from_a_source(plain_pair: tuple[Path, Path], tmp_path: Path
 def test_samples_in_several_batches(
     plain_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorap.audit.TOKENS_PER_BATCH", 50)
+    monkeypatch.setattr("lorap.audit.forward.TOKENS_PER_BATCH", 50)
     assert_passes(audit(*plain_pair))
 
 
@@ -523,7 +523,7 @@ def test_norms_of_another_shape(plain_pair: tuple[Path, Path], tmp_path: Path) -
         norms["model.layers.0.ffn.norms"] = norms["model.layers.0.ffn.norms"][1:].clone()
         save_file(norms, folder / STATISTICS)
 
-    with pytest.raises(UsageError, match=r"model\.layers\.0\.ffn of shape \(32,\)"):
+    with pytest.raises(UsageError, match=r"model\.layers\.0\.ffn.norms of shape \(32,\)"):
         tampered(plain_pair, tmp_path, tamper)
 
 

@@ -30,6 +30,7 @@ from lorap.checkpoint import (
     open_checkpoint,
     read_config,
 )
+from lorap.config import CompressionConfig
 from lorap.errors import LorapError, UsageError
 from lorap.families import FAMILIES
 from tests.tiny_models import (
@@ -866,6 +867,7 @@ SAMPLE_REPORT = {
     "layer_ratio": 0.2081,
     "achieved_ratio": 0.1999,
     "parameters": {"before": 6738415616, "after": 5391000000},
+    "settings": CompressionConfig().to_dict(),
     "calibration": {"source": "c4", "samples": 128, "seqlen": 128, "fingerprint": "ab12"},
     "versions": {"lorap": "0.1.0", "torch": "2.13.0"},
     "command": "lorap compress owner/model --ratio 0.2 --output 'my dir'",
@@ -896,6 +898,23 @@ def test_the_card_says_what_was_done_and_how_to_load_it(tmp_path: Path) -> None:
         "torch 2.13.0",
     ):
         assert text in body
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentences"),
+    [
+        ({}, ["two thin matrices (activation-weighted SVD)", "channels (scored by activation)"]),
+        ({"mha": "heads", "importance": "taylor"}, ["attention heads (scored by taylor)"]),
+        ({"mha": "pca", "joint_qk": True}, ["q and k with a common one (PCA of the outputs)"]),
+        ({"ffn": "afm", "sublayers": "ffn"}, ["feed-forward projections are products", "(AFM)"]),
+    ],
+)
+def test_the_card_names_the_methods(settings: dict[str, Any], sentences: list[str]) -> None:
+    report = SAMPLE_REPORT | {"settings": CompressionConfig(**settings).to_dict()}
+    card = model_card(report, name="small")
+    for sentence in sentences:
+        assert sentence in card
+    assert ("attention" in card) == ("mha" in report["settings"]["sublayers"])
 
 
 def test_the_card_of_a_local_original_does_not_name_its_path(

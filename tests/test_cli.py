@@ -234,6 +234,7 @@ OPTIONS: list[dict[str, Any]] = [
         "seed": 7,
         "batch_size": 2,
         "device": "cpu",
+        "activations": "disk",
         "dtype": "float64",
     },
     {

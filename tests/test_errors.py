@@ -306,7 +306,7 @@ CASES: dict[str, Case] = {
     "unknown recipe key, near none": (
         recipe({"xyzzy": 1}),
         2,
-        ["unknown key 'xyzzy'; valid: ratio, ratio_scope,", "overwrite, allow_bin"],
+        ["unknown key 'xyzzy'; valid: ratio, ratio_scope,", "overwrite, resume, allow_bin"],
     ),
     "recipe key twice": (
         recipe("ratio: 0.2\nseed: 1\nratio: 0.3\n"),
@@ -345,10 +345,10 @@ CASES: dict[str, Case] = {
     "allocation too large": (
         given(allocation="1e308"),
         2,
-        ["allocation", "from 0.001 to 1000", "got 1e+308"],
+        ["allocation", "from 0.001 to 1000", "got '1e308'"],
     ),
-    "allocation too small": (given(allocation="1e-9"), 2, ["from 0.001 to 1000", "got 1e-09"]),
-    "allocation 0": (given(allocation=0), 2, ["allocation", "from 0.001 to 1000", "got 0.0"]),
+    "allocation too small": (given(allocation="1e-9"), 2, ["from 0.001 to 1000", "got '1e-9'"]),
+    "allocation 0": (given(allocation=0), 2, ["allocation", "from 0.001 to 1000", "got '0'"]),
     "device of others": (given(device="mps"), 2, ["device", "auto, cpu, cuda", "'mps'"]),
     "dtype of quantised": (
         given(dtype="float8_e4m3fn"),

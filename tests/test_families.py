@@ -266,9 +266,9 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     outputs: list[torch.Tensor] = []
     real = in_memory.compress_layers
 
-    def recording(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        for layer in real(*args, **kwargs):
-            outputs[:] = layer.outputs
+    def recording(decoder: Any, batches: Any, *args: Any) -> Iterator[Any]:
+        for layer in real(decoder, batches, *args):
+            outputs[:] = [batch.kept.load() for batch in batches]
             yield layer
 
     with pytest.MonkeyPatch.context() as patch:
@@ -328,7 +328,7 @@ class TestCompression:
             "ffn": family.ffn["up"],
             "down": family.ffn["down"],
         }
-        kinds = {name.rpartition(".")[2] for name in norms}
+        kinds = {name.split(".")[-2] for name in norms}
         assert {"attention", "ffn", "down"} <= kinds
         for kind in kinds:
             seen: list[torch.Tensor] = []
@@ -340,8 +340,37 @@ class TestCompression:
             handle.remove()
             expected = seen[0].double().flatten(0, 1).norm(dim=0)
             torch.testing.assert_close(
-                norms[f"{family.layers_path}.0.{kind}"], expected, rtol=1e-5, atol=1e-6
+                norms[f"{family.layers_path}.0.{kind}.norms"], expected, rtol=1e-5, atol=1e-6
             )
+
+    @pytest.mark.parametrize(
+        "methods",
+        [
+            {"mha": "pca", "ffn": "afm", "joint_qk": True, "allocation": "mgaa"},
+            {"mha": "heads", "importance": "taylor", "aggregation": "l1", "ratio": 0.55},
+            {"mha": "asvd", "ffn": "svd", "allocation": "mgaa-within"},
+        ],
+        ids=["mgaa", "heads", "within"],
+    )
+    def test_other_methods_fit_it_too(self, methods: dict[str, Any], written: Written) -> None:
+        settings = {"ratio": 0.4, "ratio_scope": "layer", "batch_size": 3} | methods
+        config = CompressionConfig(**settings)
+        if methods["mha"] == "heads" and not written.family.prunes_heads:
+            with pytest.raises(UsageError, match="normalises q and k over all heads"):
+                lorap.compress(written.original, config, calibration=IDS)
+            return
+        compressed = lorap.compress(written.original, config, calibration=IDS)
+        found = logits(compressed)
+        assert torch.isfinite(found).all()
+        dense = logits(written.original)
+        # Not the dense model, and not noise either.
+        assert 0.01 < torch.linalg.norm(found - dense) / torch.linalg.norm(dense) < 1.5
+        before, after = (
+            sum(parameter.numel() for parameter in model.model.layers.parameters())
+            for model in (written.original, compressed)
+        )
+        assert 1 - after / before == pytest.approx(config.ratio, abs=0.15)
+        assert torch.equal(generate(compressed), generate(compressed, use_cache=False))
 
     def test_it_is_saved_again_in_shards(self, written: Written, tmp_path: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(written.folder)

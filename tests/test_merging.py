@@ -53,7 +53,7 @@ def adapted(small: Path, on: str = "matrices", rank: int = 2, **options: Any) ->
     generator = torch.Generator().manual_seed(1)
     for name, parameter in with_updates.named_parameters():
         if "lora_" in name:
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = 0.2 * rank**-0.25 * torch.randn(parameter.shape, generator=generator)
     return with_updates
 
 

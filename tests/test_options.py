@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from lorap import cli
 from lorap.checkpoint.reader import CheckpointReader
-from lorap.pipeline.forward import Decoder
+from lorap.pipeline.activations import Store
 from tests.tiny_models import save_tiny_checkpoint
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -50,13 +50,14 @@ COVERED = {
     "seed",
     "batch_size",
     "device",
+    "activations",
     "dtype",
     "field",
     "revision",
     "allow_bin",
 }
-ELSEWHERE = {"model", "output", "calibration", "config", "overwrite", "as_json"}
-"""Covered by ``test_cli`` and ``test_errors``."""
+ELSEWHERE = {"model", "output", "calibration", "config", "overwrite", "resume", "as_json"}
+"""Covered by ``test_cli``, ``test_errors`` and ``test_resume``."""
 
 
 @dataclass(frozen=True)
@@ -390,17 +391,36 @@ def test_device_cpu_is_taken_though_there_is_a_gpu(
     assert {state.device.type for state in hidden} == {"cpu"}
 
 
+def test_activations_wait_where_they_are_told_to(
+    bench: Bench, base: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[type] = []
+    real = Store.keep
+
+    def keep(self: Store, tensor: Tensor) -> Any:
+        found = real(self, tensor)
+        kept.append(type(found))
+        return found
+
+    monkeypatch.setattr(Store, "keep", keep)
+    for place, on_disk in (("device", False), ("cpu", False), ("disk", True), ("auto", False)):
+        kept.clear()
+        written = bench.compress("--activations", place)
+        assert same(written.weights, base.weights)
+        assert {"OnDisk" in kind.__name__ for kind in kept} == {on_disk}
+
+
 def test_device_auto_is_the_gpu_where_there_is_one(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class AskedError(Exception):
         pass
 
-    def ask(decoder: Decoder, *_: object) -> None:
-        raise AskedError(decoder.device.type)
+    def ask(_: object, device: torch.device, __: object) -> None:
+        raise AskedError(device.type)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("lorap.pipeline.on_disk.compress_layers", ask)
+    monkeypatch.setattr("lorap.pipeline.on_disk._decoder", ask)
     words = ["compress", bench.model, "--ratio", 0.3, "--calibration", bench.text]
     words += ["--output", bench.place / "none", "--samples", 6, "--seqlen", 16]
     result = CliRunner().invoke(cli.app, [str(word) for word in words])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import lorap
 from lorap import CompressionConfig, LorapError, UsageError
 from lorap.config import Override
 from lorap.ops.statistics import sum_of_squares
-from lorap.pipeline import in_memory, on_disk
+from lorap.pipeline import in_memory, inspection, on_disk
 from lorap.pipeline.statistics import TAKEN
 from tests.tiny_models import VARIANTS, save_tiny_checkpoint, tiny_model, token_ids
 
@@ -77,9 +78,9 @@ def test_layer_by_layer_is_the_forward_of_the_compressed_model(variant: str, rop
     outputs: list[torch.Tensor] = []
     real = in_memory.compress_layers
 
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        for layer in real(*args, **kwargs):
-            outputs[:] = layer.outputs
+    def recording(decoder: Any, batches: Any, *args: Any) -> Any:
+        for layer in real(decoder, batches, *args):
+            outputs[:] = [batch.kept.load() for batch in batches]
             yield layer
 
     with pytest.MonkeyPatch.context() as patch:
@@ -304,14 +305,15 @@ def test_a_run_can_be_repeated_from_its_own_calibration_ids(tmp_path: Path, ids_
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path: Path, ids_file: str) -> None:
+def test_a_run_interrupted_before_its_first_layer_leaves_nothing(
+    tmp_path: Path, ids_file: str
+) -> None:
     save_tiny_checkpoint(tmp_path / "model")
     before = sorted(tmp_path.iterdir())
 
     def interrupt(done: int, _: int) -> None:
-        assert done or not (tmp_path / "out").exists()
-        if done == 2:
-            raise KeyboardInterrupt
+        assert not (tmp_path / "out").exists()
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         lorap.compress_checkpoint(
@@ -383,22 +385,39 @@ def test_weights_that_are_not_finite_are_named(name: str, value: float) -> None:
     assert layers == []
 
 
-def test_weights_on_disk_are_checked_before_the_work(tmp_path: Path, ids_file: str) -> None:
+def test_weights_on_disk_are_checked_while_the_first_layers_are_at_work(
+    tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong with the last layer does not wait for its turn."""
     model = save_tiny_checkpoint(tmp_path / "model")
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[3, 4] = float("nan")
     model.save_pretrained(tmp_path / "model")
-    layers: list[int] = []
+    found = threading.Event()
+    real = inspection.Inspection._run
+
+    def inspect(self: inspection.Inspection) -> None:
+        real(self)
+        found.set()
+
+    monkeypatch.setattr(inspection.Inspection, "_run", inspect)
+    done: list[int] = []
+
+    def progress(layers: int, _: int) -> None:
+        done.append(layers)
+        assert found.wait(60)
+
     with pytest.raises(LorapError, match=r"model\.layers\.2\.mlp\.down_proj\.weight: the weight"):
         lorap.compress_checkpoint(
             tmp_path / "model",
             tmp_path / "out",
             config(),
             calibration=ids_file,
-            progress=lambda done, _: layers.append(done),
+            progress=progress,
         )
-    assert layers == []
+    assert max(done) <= 1
     assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".lorap*"))
 
 
 def test_a_hub_model_is_not_fetched_for_a_run_that_cannot_be(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lorap.errors import UsageError
@@ -33,6 +34,15 @@ SIDE_FILES = (
     "USE_POLICY*",
     TEMPLATES,
 )
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def side_files(folder: Path) -> list[Path]:

@@ -77,6 +77,11 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype | str
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the data; of a dtype that torch has not, at most."""
+        return prod(self.shape) * (8 if isinstance(self.dtype, str) else self.dtype.itemsize)
+
     def floating(self) -> StoredTensor:
         """Return the tensor's place if it can be compressed."""
         if isinstance(self.dtype, str) or self.dtype not in _DTYPES.values():
@@ -159,20 +164,44 @@ class CheckpointReader:
             raise KeyError(f"no tensor of {self.source} has a name that starts with {prefix!r}")
         return {name[len(prefix) :]: tensor for name, tensor in self._copies(names).items()}
 
-    def load_others(self) -> dict[str, Tensor]:
+    def load_others(self, with_head: bool = True) -> dict[str, Tensor]:
         """Read the tensors outside the decoder layers.
+
+        Parameters
+        ----------
+        with_head : bool
+            Read the language-modelling head's as well.
 
         Returns
         -------
         dict
             Tensors under their full names, in their stored dtype, in memory of their own.
         """
+        return self._copies(
+            [name for name in self.other_names() if with_head or name != self.family.head]
+        )
+
+    def other_names(self) -> list[str]:
+        """Return the names of the tensors outside the decoder layers."""
         prefix = f"{self.family.layers_path}."
-        return self._copies([name for name in self.tensors if not name.startswith(prefix)])
+        return [name for name in self.tensors if not name.startswith(prefix)]
 
     def load_outside(self) -> dict[str, Tensor]:
         """Read the tensors that are not the language model's, under the names stored."""
         return {name: tensor.clone() for name, tensor in _stream(self.outside)}
+
+    def sizes_of_others(self) -> dict[str, int]:
+        """Return the bytes of all tensors but the decoder layers', by the names stored."""
+        return {name: entry.size_bytes for name, entry in self._others().items()}
+
+    def load_as_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors of ``sizes_of_others``, in memory of their own."""
+        others = self._others()
+        return {n: tensor.clone() for n, tensor in _stream({name: others[name] for name in names})}
+
+    def _others(self) -> dict[str, StoredTensor | _Entry]:
+        own = {f"{self.prefix}{name}": self.tensors[name] for name in self.other_names()}
+        return {**own, **self.outside}
 
     def iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Go through all the model's tensors, each once, shard by shard.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 import secrets
@@ -18,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from lorap.checkpoint.files import (
@@ -31,7 +32,9 @@ from lorap.checkpoint.files import (
     STATISTICS,
     WEIGHTS,
     side_files,
+    sync,
 )
+from lorap.checkpoint.journal import FOLDER, Journal, lock
 from lorap.errors import LorapError, UsageError
 from lorap.families import FAMILIES, MULTIMODAL, Family, modeling_file
 
@@ -53,6 +56,7 @@ _OWN_FILES = (
     REPORT,
     CALIBRATION,
     STATISTICS,
+    f"{FOLDER}/*",
 )
 
 
@@ -111,6 +115,53 @@ def check_output(
     return path
 
 
+def staging_of(output: Path) -> Path:
+    """Return the folder beside an output in which a run that can be resumed works.
+
+    Parameters
+    ----------
+    output : Path
+        Resolved.
+    """
+    # Without the output's name, which may leave no room for more.
+    digest = hashlib.sha256(output.name.encode()).hexdigest()
+    return output.parent / f".lorap-{digest[:16]}.partial"
+
+
+def check_leftovers(output: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuse to write where an earlier run has left finished work, unless told what to do with it.
+
+    Parameters
+    ----------
+    output : Path
+        Resolved.
+    overwrite : bool
+        Whether to give up what was left.
+    resume : bool
+        Whether to go on with it.
+
+    Raises
+    ------
+    UsageError
+        If it is neither.
+    """
+    left = staging_of(output)
+    if overwrite or resume or not Journal(left).records:
+        return
+    raise UsageError(
+        f"{output}: an earlier run ended early, and left what it had finished in {left}; --resume "
+        "goes on with it, --overwrite starts afresh"
+    )
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
 def _check_existing(path: Path, output: str | Path, overwrite: bool, replaceable: bool) -> None:
     if not path.exists():
         return
@@ -166,7 +217,8 @@ class CheckpointWriter:
     """Context manager: a checkpoint that is either whole in its place or absent.
 
     Everything is written to a folder beside the output, which :meth:`commit` renames. Leaving the
-    context without a commit, by an exception or not, removes that folder.
+    context without a commit, by an exception or not, removes that folder. With a `run` it stays if
+    its journal records something, unless the run cannot be done at all (``LorapError``).
 
     Parameters
     ----------
@@ -174,19 +226,46 @@ class CheckpointWriter:
         The folder that shall hold the checkpoint.
     overwrite : bool
         As for :func:`check_output`.
+    run : mapping, optional
+        All that the checkpoint depends on, as JSON can hold it: makes the run one that can be
+        resumed, by another one that is given the same.
+    resume : bool
+        Whether to go on with what an earlier run has left, if it has left anything.
+    shards : int, optional
+        How many there will be, where it is known; needed for a run that can be resumed.
+
+    Attributes
+    ----------
+    output : Path
+    journal : Journal
+        Of a run that can be resumed.
 
     Raises
     ------
     UsageError
-        As :func:`check_output`.
+        As :func:`check_output` and :func:`check_leftovers`.
     """
 
-    def __init__(self, output: str | Path, *, overwrite: bool = False) -> None:
+    journal: Journal
+
+    def __init__(
+        self,
+        output: str | Path,
+        *,
+        overwrite: bool = False,
+        run: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        shards: int | None = None,
+    ) -> None:
         self.output = check_output(output, overwrite=overwrite)
         self._overwrite = overwrite
-        self._staging = self._sibling("partial")
+        self._run = run
+        self._resume = resume
+        self._staging = self._sibling("partial") if run is None else staging_of(self.output)
+        self._lock: int | None = None
         self._made: list[Path] = []
         self._shards: list[dict[str, Tensor]] = []
+        self._count = shards
 
     def _sibling(self, suffix: str) -> Path:
         # Without the output's name, which may leave no room for more.
@@ -199,8 +278,25 @@ class CheckpointWriter:
 
     def __enter__(self) -> Self:
         self._made = _missing_folders(self._staging.parent)
-        # mkdtemp would leave a checkpoint that only its writer can read.
-        self._staging.mkdir(parents=True)
+        if self._run is None:
+            # mkdtemp would leave a checkpoint that only its writer can read.
+            self._staging.mkdir(parents=True)
+            return self
+        self._staging.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self._staging)
+        if self._lock is None:
+            raise UsageError(f"{self.output}: another process is writing it")
+        try:
+            self.journal = Journal(self._staging)
+            if self._resume and self.journal.records:
+                self.journal.resume(self._run)
+            else:
+                check_leftovers(self.output, overwrite=self._overwrite, resume=self._resume)
+                _empty(self._staging)
+                self.journal.begin(self._run)
+        except BaseException:
+            self._release()
+            raise
         return self
 
     def __exit__(
@@ -209,19 +305,37 @@ class CheckpointWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self._staging, ignore_errors=True)
+        # What a run of these settings cannot do, it cannot do when it is resumed either.
+        hopeless = isinstance(error, LorapError)
+        if self._run is None or hopeless or not self.journal.records:
+            shutil.rmtree(self._staging, ignore_errors=True)
+        elif error is not None:
+            error.add_note(
+                f"what was finished is kept in {self._staging}, and --resume goes on with it"
+            )
+        self._release()
         for folder in self._made:
             # Another run may have put something there meanwhile.
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
-    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def write_shard(self, tensors: Mapping[str, Tensor]) -> str:
         """Write the next shard.
 
         Parameters
         ----------
         tensors : mapping
             Full name, as in the model's state dict, to tensor; any device.
+
+        Returns
+        -------
+        str
+            Name of the file.
 
         Raises
         ------
@@ -233,11 +347,27 @@ class CheckpointWriter:
         repeated = sorted(name for name in tensors for shard in self._shards if name in shard)
         if repeated:
             raise ValueError(f"written twice: {', '.join(repeated)}")
-        self.write_safetensors(_shard_name(len(self._shards) + 1), tensors)
+        file = self._shard_name(len(self._shards) + 1)
+        self.write_safetensors(file, tensors)
+        self.adopt_shard(tensors)
+        return file
+
+    def adopt_shard(self, tensors: Mapping[str, Tensor]) -> None:
+        """Count the next shard as written: an earlier run wrote it, with these tensors."""
         # Names, shapes and types are all that the commit needs to know.
         self._shards.append(
             {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
         )
+
+    def load_shard(self, file: str) -> dict[str, Tensor]:
+        """Return the tensors of a shard that was written, in memory of their own."""
+        # Not mapped, so that the file's pages do not stay resident.
+        return load((self._staging / file).read_bytes())
+
+    def _shard_name(self, number: int) -> str:
+        if self._count is None:
+            return f"model-{number:05d}.safetensors"
+        return f"model-{number:05d}-of-{self._count:05d}.safetensors"
 
     def write_safetensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file of that name."""
@@ -246,7 +376,7 @@ class CheckpointWriter:
         save_file(stored, file, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read.
         file.chmod(self._staging.stat().st_mode & 0o666)
-        _sync(file)
+        sync(file)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of that name; NaN and infinity are refused."""
@@ -260,7 +390,7 @@ class CheckpointWriter:
         file = self._staging / name
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(data)
-        _sync(file)
+        sync(file)
 
     def copy_side_files(self, source: Path) -> None:
         """Carry over tokenizer, chat template, generation config and licence, byte for byte.
@@ -316,22 +446,29 @@ class CheckpointWriter:
             outer.text_config = config
         self.write_text(CONFIG, (outer or config).to_json_string(use_diff=True))
         self._name_shards()
-        _sync(self._staging)
+        sync(self._staging)
         self._rename()
+        if self._run is not None:
+            self.journal.remove(self.output)
         return self.output
 
     def _name_shards(self) -> None:
-        count = len(self._shards)
-        if count == 1:
-            (self._staging / _shard_name(1)).rename(self._staging / WEIGHTS)
-            return
+        names = [self._shard_name(number) for number in range(1, len(self._shards) + 1)]
+        if self._count is None:
+            if len(names) == 1:
+                (self._staging / names[0]).rename(self._staging / WEIGHTS)
+                return
+            self._count = len(names)
+            for number, name in enumerate(names, start=1):
+                (self._staging / name).rename(self._staging / self._shard_name(number))
+        assert self._count == len(names)
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(self._shards, start=1):
-            name = f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self._staging / _shard_name(number)).rename(self._staging / name)
-            weight_map |= dict.fromkeys(shard, name)
+            weight_map |= dict.fromkeys(shard, self._shard_name(number))
         size = sum(tensor.nbytes for shard in self._shards for tensor in shard.values())
-        self.write_json(INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        # In one order, whether a shard was written by this run or taken over.
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        self.write_json(INDEX, index)
 
     def _rename(self) -> None:
         check_output(self.output, overwrite=self._overwrite)
@@ -345,7 +482,7 @@ class CheckpointWriter:
                 if replaced is not None:
                     replaced.rename(self.output)
                 raise
-            _sync(self.output.parent)
+            sync(self.output.parent)
             if replaced is not None:
                 shutil.rmtree(replaced, ignore_errors=True)
 
@@ -394,10 +531,6 @@ def _check_tensors(written: Mapping[str, Tensor], expected: Mapping[str, tuple[i
         raise LorapError(f"the checkpoint would not load: it has no place for {', '.join(extra)}")
 
 
-def _shard_name(number: int) -> str:
-    return f"model-{number:05d}.safetensors"
-
-
 def _missing_folders(path: Path) -> list[Path]:
     """Return the folders that ``mkdir(parents=True)`` would make for `path`, the deepest first."""
     return [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -407,15 +540,6 @@ def _existing_ancestor(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _gib(size: int) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lorap.config import CompressionConfig
 from lorap.errors import LorapError
 from lorap.families import Family, LayerStructure
 from lorap.families.fused import split
+from lorap.pipeline.activations import Store, choose_place
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -20,49 +23,69 @@ TOKENS_PER_BATCH = 8192
 """Tokens in a calibration forward where the user gives no batch size."""
 
 
-@dataclass
 class Batch:
     """Some calibration samples on their way through the model.
 
-    Attributes
+    Parameters
     ----------
-    hidden : Tensor
-        Input of the next layer, ``(batch, L, hidden)``.
+    hidden : (batch, L, hidden) Tensor
+        Input of the first layer.
     calls : sequence of mappings
         The keyword arguments that the model passes to each of its layers.
     mask : (batch, L) Tensor or None
         Nonzero where a token counts.
+    store : Store
+        Where the hidden states wait between layers.
+
+    Attributes
+    ----------
+    kept : Kept
+        The input of the next layer.
+    tokens : int
+        Tokens that count.
     """
 
-    hidden: Tensor
-    calls: Sequence[Mapping[str, Any]]
-    mask: Tensor | None
+    def __init__(
+        self,
+        hidden: Tensor,
+        calls: Sequence[Mapping[str, Any]],
+        mask: Tensor | None,
+        store: Store,
+    ) -> None:
+        self.mask = mask
+        self.tokens = hidden.shape[:-1].numel() if mask is None else int(mask.bool().sum())
+        self._calls = calls
+        self._store = store
+        self.kept = store.keep(hidden)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that count."""
-        return self.hidden.shape[:-1].numel() if self.mask is None else int(self.mask.bool().sum())
+    def run(self, layer: nn.Module, index: int, hidden: Tensor | None = None) -> Tensor:
+        """Return the output of decoder layer `index`.
 
-    def run(self, layer: nn.Module, index: int) -> Tensor:
-        """Return the output of decoder layer `index` for ``hidden``."""
-        output: Tensor | tuple[Tensor, ...] = layer(self.hidden, **self.calls[index])
+        Parameters
+        ----------
+        layer : Module
+        index : int
+        hidden : Tensor, optional
+            Its input; by default ``kept``.
+        """
+        given = self.kept.load() if hidden is None else hidden
+        output: Tensor | tuple[Tensor, ...] = layer(given, **self._calls[index])
         return output[0] if isinstance(output, tuple) else output
 
-    def advance(self, layer: nn.Module, index: int) -> None:
-        """Replace ``hidden`` by the output of decoder layer `index`.
+    def advance(self, output: Tensor, index: int) -> None:
+        """Take the output of decoder layer `index` for the input of the next one.
 
         Raises
         ------
         LorapError
-            If the output is not finite.
+            If it is not finite.
         """
-        with torch.no_grad():
-            self.hidden = self.run(layer, index)
-        if not torch.isfinite(self.hidden).all():
+        if not torch.isfinite(output).all():
             raise LorapError(
                 f"layers.{index}: the output of the layer holds NaN or inf; computed in "
-                f"{self.hidden.dtype}: a wider --dtype may help"
+                f"{output.dtype}: a wider --dtype may help"
             )
+        self.kept = self._store.keep(output)
 
 
 @dataclass(frozen=True)
@@ -126,7 +149,8 @@ class Decoder:
     load_layer : callable
         Returns the original tensors of a decoder layer, names relative to it.
     load_others : callable
-        Returns the tensors outside the decoder layers, under their full names.
+        Returns the tensors outside the decoder layers under their full names; called with whether
+        the head's are wanted.
     device : torch.device
         Where to compute.
     dtype : torch.dtype
@@ -136,7 +160,7 @@ class Decoder:
     family: Family
     config: PretrainedConfig
     load_layer: Callable[[int], Mapping[str, Tensor]]
-    load_others: Callable[[], Mapping[str, Tensor]]
+    load_others: Callable[[bool], Mapping[str, Tensor]]
     device: torch.device
     dtype: torch.dtype
 
@@ -179,27 +203,68 @@ class Decoder:
         layer.train(False)
         return layer
 
-    def embed(self, samples: Samples) -> list[Batch]:
-        """Embed the samples, and learn from the model itself what it passes to its layers."""
-        model, layers = self.without_layers()
+    def store(
+        self,
+        samples: Samples,
+        config: CompressionConfig | None = None,
+        folder: Path | None = None,
+    ) -> Store:
+        """Return where the hidden states wait between layers.
+
+        Parameters
+        ----------
+        samples : Samples
+        config : CompressionConfig, optional
+            Its ``activations``, by default "auto"; a gradient needs the inputs of all layers at a
+            time.
+        folder : Path, optional
+            For files; by default the system's folder of temporary ones.
+        """
+        gradients = config is not None and config.measures_gradients
+        states = self.layers + 2 if gradients else 2
+        size = samples.input_ids.numel() * self.config.hidden_size * self.dtype.itemsize
+        wanted = "auto" if config is None else config.activations
+        place = choose_place(wanted, states * size, self.device)
+        return Store(place, self.device, folder)
+
+    def embed(self, samples: Samples, store: Store) -> list[Batch]:
+        """Embed the samples, and learn from the model itself what it passes to its layers.
+
+        Parameters
+        ----------
+        samples : Samples
+        store : Store
+            Where the hidden states wait between layers.
+        """
+        model, layers = self.without_layers(with_head=False)
         base = model.base_model
         base.norm = nn.Identity()
         batches = []
         for ids, mask in samples.batches(self.device):
             with torch.no_grad():
                 base(input_ids=ids, attention_mask=mask, use_cache=False)
-            batches.append(Batch(layers[0].hidden, [layer.call for layer in layers], mask))
+            calls = [layer.call for layer in layers]
+            batches.append(Batch(layers[0].hidden, calls, mask, store))
         return batches
 
-    def without_layers(self) -> tuple[Any, list[StandIn]]:
-        """Return the model with its head, and what stands in for its decoder layers."""
+    def without_layers(self, *, with_head: bool = True) -> tuple[Any, list[StandIn]]:
+        """Return the model, and what stands in for its decoder layers.
+
+        Parameters
+        ----------
+        with_head : bool
+            Load the head's weights as well.
+        """
         config = self.compressed_config(None)
         types = getattr(config, "layer_types", None) or [None] * self.layers
         layers = [StandIn(attention_type) for attention_type in types]
         with torch.device("meta"):
             model: Any = self.family.model_class(config)
         model.base_model.layers = nn.ModuleList(layers)
-        others = {name: t.to(self.device, self.dtype) for name, t in self.load_others().items()}
+        others = {
+            name: tensor.to(self.device, self.dtype)
+            for name, tensor in self.load_others(with_head).items()
+        }
         model.load_state_dict(others, assign=True, strict=False)
         model.tie_weights()
         make_buffers_(model.base_model, self.device)

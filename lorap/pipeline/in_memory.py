@@ -17,10 +17,10 @@ from lorap.data.calibration import Calibration, calibration_from_ids, load_calib
 from lorap.errors import UsageError
 from lorap.families import Family, family_of
 from lorap.pipeline.forward import Decoder, Samples, make_buffers_
+from lorap.pipeline.inspection import check_weight
 from lorap.pipeline.layers import compress_layers
 from lorap.pipeline.measure import measured_plan
 from lorap.pipeline.progress import Progress, Steps
-from lorap.pipeline.sublayers import check_weight
 from lorap.plan import Plan, draft_plan
 from lorap.runtime import choose_device, choose_dtype
 
@@ -94,10 +94,12 @@ def compress(
     for name, tensor in model.state_dict().items():
         check_weight(name, tensor)
     samples = Samples(chosen.input_ids, mask, config.batch_size)
-    compressed = {name: tensor.clone() for name, tensor in decoder.load_others().items()}
+    compressed = {name: tensor.clone() for name, tensor in decoder.load_others(True).items()}
+    store = decoder.store(samples, config)
     advance = Steps(progress, config, decoder.layers)
-    plan, measurements = measured_plan(decoder, samples, draft, config, advance)
-    for layer in compress_layers(decoder, samples, plan, config, measurements):
+    plan, measurements = measured_plan(decoder, samples, store, draft, config, advance)
+    batches = decoder.embed(samples, store)
+    for layer in compress_layers(decoder, batches, plan, config, measurements):
         for name, tensor in layer.tensors.items():
             compressed[f"{family.layers_path}.{layer.index}.{name}"] = tensor.to(model.device)
         advance()
@@ -131,8 +133,12 @@ def decoder_of(
         start = f"{prefix}{index}."
         return {name[len(start) :]: t for name, t in state.items() if name.startswith(start)}
 
-    def load_others() -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    def load_others(with_head: bool) -> dict[str, Tensor]:
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if not name.startswith(prefix) and (with_head or name != family.head)
+        }
 
     return Decoder(family, model_config, load_layer, load_others, device, dtype)
 

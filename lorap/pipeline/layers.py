@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lorap.config import CompressionConfig
 from lorap.families.fused import join
-from lorap.pipeline.forward import Decoder, Samples
+from lorap.pipeline.forward import Batch, Decoder
 from lorap.pipeline.statistics import Collector
+from lorap.pipeline.streaming import read_ahead
 from lorap.pipeline.sublayers import LayerTensors, statistics_of, wanted_statistics
 from lorap.plan import Measurements, Plan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,6 @@ class LayerResult:
         in float64, by input and statistic (``attention.norms``).
     seconds : float
         Wall time of the layer.
-    outputs : list of Tensor
-        Output of the compressed layer, ``(batch, L, hidden)`` per calibration batch: the input of
-        the next layer.
     """
 
     index: int
@@ -44,26 +45,29 @@ class LayerResult:
     modules: dict[str, dict[str, Any]]
     statistics: dict[str, Tensor]
     seconds: float
-    outputs: list[Tensor]
 
 
 def compress_layers(
     decoder: Decoder,
-    samples: Samples,
+    batches: Sequence[Batch],
     plan: Plan,
     config: CompressionConfig,
     measurements: Measurements,
+    first: int = 0,
 ) -> Iterator[LayerResult]:
     """Compress one decoder layer after the other.
 
     Parameters
     ----------
     decoder : Decoder
-    samples : Samples
+    batches : sequence of Batch
+        The inputs of layer `first`; they are carried on.
     plan : Plan
     config : CompressionConfig
     measurements : Measurements
         Holds the scores of channels and heads where ``config.importance`` is ``taylor``.
+    first : int
+        The first layer to compress.
 
     Yields
     ------
@@ -80,12 +84,12 @@ def compress_layers(
     its linears; the compressed layer then computes the next layer's input.
     """
     family = decoder.family
+    structure = plan.structure()
     dense_config = decoder.compressed_config(None)
-    compressed_config = decoder.compressed_config(plan.structure())
-    batches = decoder.embed(samples)
-    for index, layer_plan in enumerate(plan.layers):
+    compressed_config = decoder.compressed_config(structure)
+    for index, original in read_ahead(decoder.tensors, range(first, decoder.layers)):
         started = time.perf_counter()
-        original = decoder.tensors(index)
+        layer_plan = plan.layers[index]
         wanted = wanted_statistics(family, layer_plan, lambda module: statistics_of(module, config))
         inputs = {}
         if wanted:
@@ -99,10 +103,8 @@ def compress_layers(
         scores = measurements.scores.get(index, {})
         layer = LayerTensors(family, config, decoder.split(original), inputs, scores)
         layer.compress_(layer_plan, f"layers.{index}")
-        tensors = join(family, plan.structure()[index], layer.tensors)
-        compressed = decoder.build(compressed_config, index, tensors)
-        for batch in batches:
-            batch.advance(compressed, index)
+        tensors = join(family, structure[index], layer.tensors)
+        run_compressed(decoder, compressed_config, index, tensors, batches)
         yield LayerResult(
             index,
             tensors,
@@ -113,5 +115,29 @@ def compress_layers(
                 for name, vector in found.vectors().items()
             },
             time.perf_counter() - started,
-            [batch.hidden for batch in batches],
         )
+
+
+def run_compressed(
+    decoder: Decoder,
+    config: PretrainedConfig,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+) -> None:
+    """Replace the batches' hidden states by the output of a compressed layer.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    config : PretrainedConfig
+        Of the compressed model, from ``Decoder.compressed_config``.
+    index : int
+    tensors : mapping
+        The tensors of the compressed layer, names relative to it, on the device.
+    batches : sequence of Batch
+    """
+    compressed = decoder.build(config, index, tensors)
+    for batch in batches:
+        with torch.no_grad():
+            batch.advance(batch.run(compressed, index), index)

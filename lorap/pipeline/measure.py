@@ -19,16 +19,23 @@ from lorap.ops.importance import group_scores, taylor_importance
 from lorap.ops.joint import stacked
 from lorap.ops.mgaa import cosine_sum
 from lorap.ops.precision import compute_dtype
+from lorap.pipeline.activations import Kept, Store
 from lorap.pipeline.factors import STATISTICS, factorise
 from lorap.pipeline.forward import Batch, Decoder, Samples, targets_of
 from lorap.pipeline.progress import Steps
 from lorap.pipeline.statistics import INPUT_OF, Collector, Statistic
+from lorap.pipeline.streaming import read_ahead
 from lorap.pipeline.sublayers import low_rank_method, wanted_statistics
 from lorap.plan import LayerPlan, Measurements, ModulePlan, Plan, make_plan
 
 
 def measured_plan(
-    decoder: Decoder, samples: Samples, draft: Plan, config: CompressionConfig, advance: Steps
+    decoder: Decoder,
+    samples: Samples,
+    store: Store,
+    draft: Plan,
+    config: CompressionConfig,
+    advance: Steps,
 ) -> tuple[Plan, Measurements]:
     """Return the plan, after measuring what it and the scores depend on.
 
@@ -36,6 +43,8 @@ def measured_plan(
     ----------
     decoder : Decoder
     samples : Samples
+    store : Store
+        Where the hidden states wait between layers.
     draft : Plan
         By ``draft_plan``.
     config : CompressionConfig
@@ -55,13 +64,14 @@ def measured_plan(
             "importance taylor: expected a sample of two tokens that count, to predict one from "
             "the other, got none"
         )
-    measured = measure(decoder, samples, draft, config, advance)
+    measured = measure(decoder, samples, store, draft, config, advance)
     return make_plan(decoder.config, decoder.family, config, measured), measured
 
 
 def measure(
     decoder: Decoder,
     samples: Samples,
+    store: Store,
     draft: Plan,
     config: CompressionConfig,
     advance: Steps,
@@ -72,6 +82,8 @@ def measure(
     ----------
     decoder : Decoder
     samples : Samples
+    store : Store
+        Where the hidden states wait between layers.
     draft : Plan
         For its modules; its ranks and widths do not matter.
     config : CompressionConfig
@@ -88,28 +100,27 @@ def measure(
     SPEC: ``mgaa.measure``, ``algorithm.scores``.
     """
     measured = Measurements()
-    hidden: list[list[Tensor]] = []
+    hidden: list[list[Kept]] = []
 
     def layers(indices: Sequence[int]) -> Iterator[_Layer]:
         dense_config = decoder.compressed_config(None)
-        for index in indices:
-            original = decoder.tensors(index)
+        for index, original in read_ahead(decoder.tensors, indices):
             module = decoder.build(dense_config, index, original)
             yield _Layer(index, module, original, draft.layers[index])
             advance()
 
-    batches = decoder.embed(samples)
+    batches = decoder.embed(samples, store)
     for layer in layers(range(decoder.layers)):
         if config.measures_gradients:
-            hidden.append([batch.hidden for batch in batches])
+            hidden.append([batch.kept for batch in batches])
         _measure_forward_(measured, layer, decoder, config, batches)
     if config.measures_gradients:
-        gradients, targets = _head_gradients(decoder, samples, batches)
+        gradients, targets = _head_gradients(decoder, samples, batches, store)
         for layer in layers(range(decoder.layers)[::-1]):
             for batch, given in zip(batches, hidden.pop(), strict=True):
-                batch.hidden = given
+                batch.kept = given
             measured.scores[layer.index] = _gradient_scores(
-                layer, decoder, config, batches, gradients, targets
+                layer, decoder, config, batches, gradients, store, targets
             )
     return measured
 
@@ -147,12 +158,13 @@ def _measure_forward_(
     with torch.no_grad(), Collector(layer.module, wanted) as collector:
         for batch in batches:
             collector.expect(batch)
-            before = batch.hidden
-            batch.advance(layer.module, layer.index)
+            before = batch.kept.load()
+            after = batch.run(layer.module, layer.index, before)
             middle = between.pop()
             if config.measures_similarity:
                 cosines["mha"] += cosine_sum(before, middle, batch.mask)
-                cosines["ffn"] += cosine_sum(middle, batch.hidden, batch.mask)
+                cosines["ffn"] += cosine_sum(middle, after, batch.mask)
+            batch.advance(after, layer.index)
             tokens += batch.tokens
     listener.remove()
     if config.measures_similarity:
@@ -188,8 +200,8 @@ _IGNORED = -100
 
 
 def _head_gradients(
-    decoder: Decoder, samples: Samples, batches: Sequence[Batch]
-) -> tuple[list[Tensor], int]:
+    decoder: Decoder, samples: Samples, batches: Sequence[Batch], store: Store
+) -> tuple[list[Kept], int]:
     """Return the gradient of the loss by the last layer's output, per batch, and the targets.
 
     The loss is the SUM of the cross-entropies over all targets: the gradient of their mean would
@@ -201,7 +213,7 @@ def _head_gradients(
     for batch, (ids, mask) in zip(batches, samples.batches(decoder.device), strict=True):
         counts = targets_of(ids, mask)
         labels = ids[:, 1:].masked_fill(~counts, _IGNORED)
-        norm.given = batch.hidden.detach().requires_grad_(True)
+        norm.given = batch.kept.load().detach().requires_grad_(True)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         loss = nn.functional.cross_entropy(
             logits.flatten(0, 1).to(compute_dtype(logits)),
@@ -209,7 +221,7 @@ def _head_gradients(
             reduction="sum",
             ignore_index=_IGNORED,
         )
-        gradients.append(torch.autograd.grad(loss, norm.given)[0])
+        gradients.append(store.keep(torch.autograd.grad(loss, norm.given)[0]))
         targets += int(counts.sum())
     return gradients, targets
 
@@ -219,7 +231,8 @@ def _gradient_scores(
     decoder: Decoder,
     config: CompressionConfig,
     batches: Sequence[Batch],
-    gradients: list[Tensor],
+    gradients: list[Kept],
+    store: Store,
     targets: int,
 ) -> dict[Sublayer, Tensor]:
     """Return the scores of a layer's channels and heads; `gradients` become those of its input."""
@@ -236,17 +249,17 @@ def _gradient_scores(
     weights = [layer.module.get_parameter(name).requires_grad_(True) for name in linears]
     sums = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]
     for number, batch in enumerate(batches):
-        batch.hidden = batch.hidden.detach().requires_grad_(True)
-        output = batch.run(layer.module, layer.index)
+        hidden = batch.kept.load().detach().requires_grad_(True)
+        output = batch.run(layer.module, layer.index, hidden)
         by_input, *found = torch.autograd.grad(
-            output, [batch.hidden, *weights], grad_outputs=gradients[number]
+            output, [hidden, *weights], grad_outputs=gradients[number].load()
         )
         if not torch.isfinite(by_input).all():
             raise LorapError(
                 f"layers.{layer.index}: the gradient of the loss holds NaN or inf; computed in "
                 f"{output.dtype}: a wider --dtype may help"
             )
-        gradients[number] = by_input
+        gradients[number] = store.keep(by_input)
         for total, gradient in zip(sums, found, strict=True):
             total += gradient
     by_weight = decoder.split(dict(zip(linears, sums, strict=True)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +22,19 @@ from lorap.checkpoint.reader import (
     open_checkpoint,
     read_config,
 )
-from lorap.checkpoint.writer import CheckpointWriter, check_output
+from lorap.checkpoint.writer import CheckpointWriter, check_leftovers, check_output
 from lorap.config import CompressionConfig
 from lorap.data.calibration import Calibration, load_calibration
 from lorap.errors import UsageError
 from lorap.families import family_of
-from lorap.pipeline.forward import Decoder, Samples
-from lorap.pipeline.layers import compress_layers
+from lorap.pipeline.forward import Batch, Decoder, Samples
+from lorap.pipeline.inspection import Inspection
+from lorap.pipeline.layers import LayerResult, compress_layers, run_compressed
 from lorap.pipeline.measure import measured_plan
 from lorap.pipeline.progress import Progress, Steps
-from lorap.pipeline.sublayers import check_weight
-from lorap.plan import Plan, draft_plan
-from lorap.runtime import choose_device, choose_dtype
+from lorap.pipeline.streaming import WriteBehind, read_ahead
+from lorap.plan import Measurements, Plan, draft_plan, make_plan
+from lorap.runtime import choose_device, choose_dtype, versions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -47,11 +49,16 @@ def compress_checkpoint(
     field: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     allow_bin: bool = False,
     command: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compress a checkpoint on disk or on the hub into a folder, one layer in memory at a time.
+
+    The next layer's weights are read while one is computed, and finished ones are written while the
+    next is. A run that ends early, however it ends, leaves its finished layers in a folder beside
+    the output, for another one to go on from.
 
     Parameters
     ----------
@@ -67,7 +74,10 @@ def compress_checkpoint(
     revision : str, optional
         Of a model on the hub.
     overwrite : bool
-        Replace a folder that an earlier compression wrote.
+        Replace a folder that an earlier compression wrote, and what one that ended early left.
+    resume : bool
+        Go on with what a run of the same settings, on the same files, has left; the result is that
+        of a run without a break. With nothing left, start afresh.
     allow_bin : bool
         Read pickled weights (tensors only) where there are no others.
     command : str, optional
@@ -92,7 +102,8 @@ def compress_checkpoint(
     inputs = [path for path in given if path.exists()]
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype)
-    check_output(output, overwrite=overwrite, inputs=inputs)
+    place = check_output(output, overwrite=overwrite, inputs=inputs)
+    check_leftovers(place, overwrite=overwrite, resume=resume)
     # What the configuration and the calibration data show wrong, before the weights are fetched.
     model_config = read_config(model, revision=revision)
     draft_plan(model_config, family_of(model_config), config)
@@ -105,24 +116,30 @@ def compress_checkpoint(
     )
     decoder = _decoder(reader, device, dtype)
     samples = Samples(chosen.input_ids, batch_size=config.batch_size)
-    records: list[tuple[dict[str, dict[str, Any]], float]] = []
-    prefix = f"{family.layers_path}."
-    with CheckpointWriter(output, overwrite=overwrite) as writer:
+    others = _shards_of_others(reader)
+    writer = CheckpointWriter(
+        output,
+        overwrite=overwrite,
+        run=_run(reader, chosen, config, device),
+        resume=resume,
+        shards=decoder.layers + len(others),
+    )
+    with writer, Inspection(reader.iter_tensors()) as inspection:
+        store = decoder.store(samples, config, writer.folder)
         advance = Steps(progress, config, decoder.layers)
-        plan, measurements = measured_plan(decoder, samples, draft, config, advance)
-        statistics = measurements.tensors(family.layers_path)
-        for layer in compress_layers(decoder, samples, plan, config, measurements):
-            start = f"{prefix}{layer.index}."
-            writer.write_shard(
-                {f"{reader.prefix}{start}{name}": t for name, t in layer.tensors.items()}
-            )
-            statistics |= {f"{start}{name}": x for name, x in layer.statistics.items()}
-            records.append((layer.modules, layer.seconds))
-            advance()
-        others = reader.load_others()
-        writer.write_shard({f"{reader.prefix}{name}": t for name, t in others.items()})
-        if reader.outside:
-            writer.write_shard(reader.load_outside())
+        plan, measurements = _measured(writer, decoder, samples, draft, config, advance)
+        batches = decoder.embed(samples, store)
+        records = _resumed(writer, decoder, plan, batches, advance)
+        resumed = len(records)
+        with WriteBehind() as behind:
+            for layer in compress_layers(decoder, batches, plan, config, measurements, resumed):
+                inspection.check()
+                behind(_write_layer, writer, reader, layer)
+                records.append((layer.modules, layer.seconds))
+                advance()
+        del batches
+        for names in others:
+            writer.write_shard(reader.load_as_stored(names))
         summary = report.make_report(
             model=reader.source,
             revision=revision,
@@ -131,6 +148,7 @@ def compress_checkpoint(
             measurements=measurements,
             calibration=chosen,
             layers=records,
+            resumed_layers=resumed,
             device=device,
             seconds=time.perf_counter() - started,
             command=command
@@ -139,14 +157,151 @@ def compress_checkpoint(
         )
         writer.copy_side_files(reader.path)
         writer.write_safetensors(files.CALIBRATION, {"input_ids": chosen.input_ids})
-        writer.write_safetensors(files.STATISTICS, statistics)
+        writer.write_safetensors(files.STATISTICS, _statistics(writer, decoder, measurements))
         writer.write_json(files.REPORT, summary)
         card = model_card(
             summary, name=output.name, original=reader.path, multimodal=reader.outer is not None
         )
         writer.write_text("README.md", card)
+        inspection.finish()
         writer.commit(family.compressed_config(reader.config, plan.structure()), reader.outer)
     return summary
+
+
+def _run(
+    reader: CheckpointReader,
+    calibration: Calibration,
+    config: CompressionConfig,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return all that the compressed weights depend on."""
+    model: dict[str, Any] = {}
+    for file in sorted({tensor.file for tensor in reader.tensors.values()}):
+        found = file.stat()
+        model[file.name] = {"bytes": found.st_size, "modified": found.st_mtime_ns}
+    model[files.CONFIG] = hashlib.sha256((reader.path / files.CONFIG).read_bytes()).hexdigest()
+    settings = config.to_dict()
+    # Where hidden states wait changes none of them.
+    del settings["activations"]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "settings": settings,
+        "calibration ids": calibration.fingerprint,
+        "model": model,
+        "device": name,
+        "versions": versions(),
+    }
+
+
+def _layer_record(index: int) -> str:
+    return f"layer-{index:05d}"
+
+
+_MEASURED = "measured"
+
+
+def _write_layer(writer: CheckpointWriter, reader: CheckpointReader, layer: LayerResult) -> None:
+    """Write a layer's shard, and note that it is finished."""
+    start = f"{reader.prefix}{reader.family.layers_path}.{layer.index}."
+    shard = writer.write_shard({f"{start}{name}": t for name, t in layer.tensors.items()})
+    writer.journal.record(
+        _layer_record(layer.index),
+        {"shard": shard, "modules": layer.modules, "seconds": layer.seconds},
+        files=[shard],
+        tensors=layer.statistics,
+    )
+
+
+def _measured(
+    writer: CheckpointWriter,
+    decoder: Decoder,
+    samples: Samples,
+    draft: Plan,
+    config: CompressionConfig,
+    advance: Steps,
+) -> tuple[Plan, Measurements]:
+    """Return plan and measurements, those of an earlier run where it got so far."""
+    path = decoder.family.layers_path
+    found = writer.journal.find(_MEASURED) if config.measures else None
+    if found is not None:
+        advance.skip_measurement()
+        measurements = Measurements.of_tensors(found[1], path, decoder.device)
+        return make_plan(decoder.config, decoder.family, config, measurements), measurements
+    store = decoder.store(samples, config, writer.folder)
+    plan, measurements = measured_plan(decoder, samples, store, draft, config, advance)
+    if config.measures:
+        writer.journal.record(_MEASURED, {}, tensors=measurements.tensors(path))
+    return plan, measurements
+
+
+def _resumed(
+    writer: CheckpointWriter,
+    decoder: Decoder,
+    plan: Plan,
+    batches: Sequence[Batch],
+    advance: Steps,
+) -> list[tuple[dict[str, Any], float]]:
+    """Take over the layers that an earlier run has finished, and run the samples through them.
+
+    Returns
+    -------
+    list of (modules, seconds)
+        As in ``LayerResult``, one pair for each.
+    """
+    records: list[tuple[dict[str, Any], float]] = []
+    shards: list[str] = []
+    for index in range(decoder.layers):
+        found = writer.journal.find(_layer_record(index))
+        if found is None:
+            break
+        content, _ = found
+        shards.append(content["shard"])
+        records.append((content["modules"], content["seconds"]))
+    config = decoder.compressed_config(plan.structure())
+
+    def load(index: int) -> dict[str, Tensor]:
+        return writer.load_shard(shards[index])
+
+    for index, tensors in read_ahead(load, range(len(shards))):
+        writer.adopt_shard(tensors)
+        marker = f"{decoder.family.layers_path}.{index}."
+        own = {
+            name.partition(marker)[2]: tensor.to(decoder.device) for name, tensor in tensors.items()
+        }
+        run_compressed(decoder, config, index, own, batches)
+        advance()
+    return records
+
+
+def _statistics(
+    writer: CheckpointWriter, decoder: Decoder, measurements: Measurements
+) -> dict[str, Tensor]:
+    """Return what the layers were compressed by, under the names of the layers."""
+    path = decoder.family.layers_path
+    statistics = measurements.tensors(path)
+    for index in range(decoder.layers):
+        found = writer.journal.find(_layer_record(index))
+        assert found is not None
+        statistics |= {f"{path}.{index}.{name}": x for name, x in found[1].items()}
+    return statistics
+
+
+def _shards_of_others(reader: CheckpointReader) -> list[list[str]]:
+    """Share the tensors outside the decoder layers out to shards no larger than a layer's.
+
+    But for a tensor that is larger by itself.
+    """
+    prefix = f"{reader.family.layers_path}.0."
+    limit = sum(t.size_bytes for name, t in reader.tensors.items() if name.startswith(prefix))
+    shards: list[list[str]] = []
+    room = 0
+    for name, size in reader.sizes_of_others().items():
+        if not shards or size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
 
 
 def plan_checkpoint(
@@ -198,7 +353,9 @@ def plan_checkpoint(
     samples = Samples(chosen.input_ids, batch_size=config.batch_size)
     draft = draft_plan(reader.config, reader.family, config)
     advance = Steps(progress, config, decoder.layers)
-    return measured_plan(decoder, samples, draft, config, advance)[0]
+    store = decoder.store(samples, config)
+    with Inspection(reader.iter_tensors()):
+        return measured_plan(decoder, samples, store, draft, config, advance)[0]
 
 
 def _load_calibration(
@@ -222,15 +379,7 @@ def _load_calibration(
 
 
 def _decoder(reader: CheckpointReader, device: torch.device, dtype: torch.dtype | None) -> Decoder:
-    """Return the reader's model layer by layer, after a look at every weight.
-
-    Raises
-    ------
-    LorapError
-        If a weight is not finite.
-    """
-    for name, tensor in reader.iter_tensors():
-        check_weight(name, tensor)
+    """Return the reader's model layer by layer."""
 
     def load_layer(index: int) -> Mapping[str, Tensor]:
         return reader.load(f"{reader.family.layers_path}.{index}.")

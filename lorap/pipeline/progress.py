@@ -26,6 +26,12 @@ class Steps:
     def __init__(self, progress: Progress | None, config: CompressionConfig, layers: int) -> None:
         passes = 1 + config.measures + config.measures_gradients
         self._progress, self._total, self._done = progress, passes * layers, -1
+        self._layers = layers
+        self()
+
+    def skip_measurement(self) -> None:
+        """Count the passes that measure as done."""
+        self._done = self._total - self._layers - 1
         self()
 
     def __call__(self) -> None:

@@ -64,13 +64,15 @@ class InputStatistics:
 
     @property
     def norms(self) -> Tensor:
-        """Eq. (5), ``(d_in,)``."""
-        return feature_norms(self.sums["squares"])
+        """Eq. (5), ``(d_in,)``; the squares are the diagonal of the moment where that was taken."""
+        squares = self.sums.get("squares")
+        return feature_norms(self.sums["moment"].diagonal() if squares is None else squares)
 
     def vectors(self) -> dict[str, Tensor]:
         """Return what is small enough to be kept with a checkpoint: norms, and sums per feature."""
         vectors = {str(name): total for name, total in self.sums.items() if total.dim() == 1}
-        if vectors.pop("squares", None) is not None:
+        vectors.pop("squares", None)
+        if not {"squares", "moment"}.isdisjoint(self.sums):
             vectors["norms"] = self.norms
         return vectors
 

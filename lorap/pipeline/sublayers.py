@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lorap.errors import LorapError
 from lorap.ops.heads import head_rows, head_scores, prune_heads
 from lorap.ops.importance import (
     channel_importance,
@@ -22,6 +21,7 @@ from lorap.ops.lowrank import retained_energy
 from lorap.ops.precision import compute_dtype
 from lorap.ops.pruning import kept_channels, prune_ffn
 from lorap.pipeline.factors import STATISTICS, factorise, squared_error
+from lorap.pipeline.inspection import check_weight
 from lorap.pipeline.statistics import INPUT_OF, Input, InputStatistics, Statistic, Wanted
 
 if TYPE_CHECKING:
@@ -274,9 +274,3 @@ def _select(
 def _root_of_share(error: float, whole: float) -> float:
     """Square root of a squared error's share; 0 where there is nothing to lose."""
     return float((error / whole) ** 0.5) if whole else 0.0
-
-
-def check_weight(name: str, tensor: Tensor, what: str = "the weight") -> None:
-    """Raise LorapError where a tensor is not finite."""
-    if not torch.isfinite(tensor).all():
-        raise LorapError(f"{name}: {what} holds NaN or inf")

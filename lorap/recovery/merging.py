@@ -34,7 +34,9 @@ from lorap.ops.lora import (
     stacked_update,
 )
 from lorap.ops.lowrank import column_scale, retained_energy, weighted_error
+from lorap.pipeline.activations import Kept
 from lorap.pipeline.forward import Decoder, Samples
+from lorap.pipeline.layers import run_compressed
 from lorap.pipeline.progress import Progress
 from lorap.pipeline.statistics import INPUT_OF, Collector, Wanted
 from lorap.recovery.adapter import Adapter, Update, Updates, open_adapter
@@ -315,14 +317,14 @@ class MergedLayer:
         Names relative to the layer, in the dtypes of the model's own.
     modules : dict
         What there is to say of each module that changed its form, by name.
-    outputs : list of Tensor
+    outputs : list of Kept
         Of the merged layer, ``(batch, L, hidden)`` per batch of samples; none where there are no
         samples.
     """
 
     tensors: dict[str, Tensor]
     modules: dict[str, dict[str, Any]]
-    outputs: list[Tensor]
+    outputs: list[Kept]
 
 
 def merge_exactly(
@@ -380,7 +382,7 @@ def merge_to_size(
     config = decoder.compressed_config([plan.before for plan in plans])
     family = decoder.family
     roles = {name: role for role, name in {**family.attention, **family.ffn}.items()}
-    batches = decoder.embed(samples)
+    batches = decoder.embed(samples, decoder.store(samples))
     for index, (plan, updates) in enumerate(zip(plans, adapter.layers, strict=True)):
         original = decoder.tensors(index)
         updates = {name: _to(update, decoder.device) for name, update in updates.items()}
@@ -402,10 +404,8 @@ def merge_to_size(
         for group, kind in kinds.items():
             said[group.key] = _cut_(tensors, group, updates, inputs[kind].norms)
         _check_finite(index, tensors)
-        cut = decoder.build(config, index, tensors)
-        for batch in batches:
-            batch.advance(cut, index)
-        yield MergedLayer(tensors, said, [batch.hidden for batch in batches])
+        run_compressed(decoder, config, index, tensors, batches)
+        yield MergedLayer(tensors, said, [batch.kept for batch in batches])
 
 
 def add_updates(tensors: Mapping[str, Tensor], updates: Updates) -> dict[str, Tensor]:

@@ -149,11 +149,12 @@ def recover(
         with training.signals_noted(watch), training.third_party_warnings():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if watch.signal is not None:
-            raise Interrupted(
-                f"interrupted after step {trainer.state.global_step} of {steps.steps}, which is "
-                "saved: the same command with --resume goes on from there",
-                watch.signal,
+            ended = Interrupted(watch.signal)
+            ended.add_note(
+                f"step {trainer.state.global_step} of {steps.steps} is saved: the same command "
+                "with --resume goes on from there"
             )
+            raise ended
         if run.best() is None:
             trainer.save_model(str(run.folder / BEST))
         record = {
