@@ -192,10 +192,8 @@ def stacked_update(updates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
     -----
     SPEC: ``lora.joint``.
     """
-    return (
-        torch.block_diag(*(update_left for update_left, _ in updates)),
-        torch.cat([update_right for _, update_right in updates]),
-    )
+    lefts, rights = zip(*updates, strict=True)
+    return torch.block_diag(*lefts), torch.cat(rights)  # type: ignore[no-untyped-call]
 
 
 def merge_same_size(

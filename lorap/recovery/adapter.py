@@ -146,10 +146,10 @@ def _shapes(reader: CheckpointReader) -> dict[tuple[int, str], tuple[int, int]]:
         linear, _, kind = tensor.rpartition(".")
         if name.startswith(prefix) and kind == "weight" and len(stored.shape) == 2:
             found[int(index), linear] = (stored.shape[0], stored.shape[1])
-    for index in range(config.num_hidden_layers):
-        for name, shape in config.linears(index).items():
+    for layer in range(config.num_hidden_layers):
+        for name, shape in config.linears(layer).items():
             if shape.rank is not None:
-                found[index, name] = (shape.d_out, shape.d_in)
+                found[layer, name] = (shape.d_out, shape.d_in)
     return found
 
 

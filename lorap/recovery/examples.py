@@ -138,7 +138,8 @@ def load_examples(
     tally = Tally()
     if isinstance(data, TokenIds):
         check_vocabulary(data.ids, vocab_size, repr(data.source))
-        rows, kind, description = len(data.ids), "ids", f"file {data.source}"
+        kind: Kind = "ids"
+        rows, description = len(data.ids), f"file {data.source}"
         made: Callable[[int], list[Example]] = lambda row: pieces(data.ids[row], cutoff, tally)  # noqa: E731
     else:
         rows, description = len(data.rows), data.description

@@ -48,14 +48,16 @@ class FactoredLora(lora.Linear):
     variants such as DoRA.
     """
 
-    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
+    ) -> None:
         """Add an adapter; those that start from the matrix are refused."""
         if config.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} starts from the weight of the "
                 "linear, and a factored linear has none: expected True or 'gaussian'"
             )
-        super().update_layer(adapter_name, *args, config=config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
@@ -90,7 +92,7 @@ def register(peft: ModuleType) -> None:
         The complete package, as a post-import hook receives it.
     """
 
-    @wrapt.patch_function_wrapper(peft.LoraConfig, "__post_init__")  # type: ignore[untyped-decorator]
+    @wrapt.patch_function_wrapper(peft.LoraConfig, "__post_init__")
     def made(wrapped: Any, config: Any, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
         # Private to PEFT, and all that there is: without it PEFT refuses the linear by itself.
@@ -109,7 +111,7 @@ def lora_config(model: PreTrainedModel, config: RecoveryConfig) -> LoraConfig:
     """
     return LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT only ever divides it
         lora_dropout=config.dropout,
         bias="none",
         task_type="CAUSAL_LM",

@@ -167,7 +167,7 @@ def merge_adapter(
                 decoder, found, plans, Samples(samples.input_ids, batch_size=batch_size)
             )
         )
-        modules = {}
+        modules: dict[str, dict[str, Any]] = {}
         for index, layer in enumerate(merged):
             prefix = f"{reader.family.layers_path}.{index}."
             writer.write_shard({f"{prefix}{name}": t for name, t in layer.tensors.items()})

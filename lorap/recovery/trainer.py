@@ -159,10 +159,9 @@ class Watch(TrainerCallback):
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Look at the loss."""
+        logs: Mapping[str, float] = given["logs"]
         if "loss" not in logs:
             return
         self._loss = logs["loss"]
@@ -172,11 +171,9 @@ class Watch(TrainerCallback):
                 "--learning-rate, or --dtype float32, may help"
             )
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Tell the losses, and keep the adapter if it is the best so far."""
-        loss, step = metrics["eval_nll"], state.global_step
+        loss, step = float(given["metrics"]["eval_nll"]), state.global_step
         if step == 0:
             self.say(f"before training: validation loss {loss:.4f}")
             return
