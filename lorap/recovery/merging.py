@@ -137,7 +137,10 @@ def merge_adapter(
     record = read_record(found.path)
     if record is not None and record["model_fingerprint"] != fingerprint(reader):
         raise UsageError(f"{adapter} was trained on {record['model']}, which is not {model}")
-    plans = [LayerMerge.of(reader, index, updates) for index, updates in enumerate(found.layers)]
+    plans = [
+        LayerMerge.of(reader.family, reader.config, index, updates)
+        for index, updates in enumerate(found.layers)
+    ]
     if mode == "same-size" and not any(plan.groups for plan in plans):
         raise UsageError(
             f"mode same-size: {adapter} has no update around a factored matrix, so that mode exact "
@@ -267,10 +270,12 @@ class LayerMerge:
     groups: tuple[Group, ...]
 
     @classmethod
-    def of(cls, reader: CheckpointReader, index: int, updates: Updates) -> LayerMerge:
-        """Plan layer `index`."""
-        family, config = reader.family, reader.config
-        before: LayerStructure = config.layer_structure(index)
+    def of(
+        cls, family: Family, config: PretrainedConfig, index: int, updates: Updates
+    ) -> LayerMerge:
+        """Plan layer `index` of a compressed model."""
+        compressed: Any = config
+        before: LayerStructure = compressed.layer_structure(index)
         structure = {name: dict(entry) for name, entry in before.items()}
         groups = tuple(_groups(family, config, index, updates))
         for group in groups:
@@ -492,13 +497,15 @@ def _stack(
     lefts, right = [tensors[f"{name}.left.weight"] for name in group.names], tensors[group.right]
     factor = next(updates[name].factor for name in group.names if name in updates)
     pairs = []
-    for name, left in zip(group.names, lefts, strict=True):
+    for name, rows in zip(group.names, lefts, strict=True):
         update = updates.get(name)
         if update is None:
-            pairs.append((left.new_zeros(left.shape[0], 0), right.new_zeros(0, right.shape[1])))
+            pairs.append((rows.new_zeros(len(rows), 0), right.new_zeros(0, right.shape[1])))
         else:
             # Updates of different ranks have different factors.
-            pairs.append((update.left * (update.factor / factor), update.right))
+            same = update.factor == factor
+            left = update.left if same else update.left * (update.factor / factor)
+            pairs.append((left, update.right))
     return stacked(lefts), right, *stacked_update(pairs), factor
 
 

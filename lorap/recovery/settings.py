@@ -125,8 +125,6 @@ class Schedule:
         In all.
     warmup : int
     evaluate_every, save_every : int
-    log_every : int
-        Steps that a point of the loss curve is the mean of.
     accumulation : int
         Forwards of a process in a step.
     """
@@ -135,7 +133,6 @@ class Schedule:
     warmup: int
     evaluate_every: int
     save_every: int
-    log_every: int
     accumulation: int
 
 
@@ -182,6 +179,5 @@ def schedule(config: RecoveryConfig, samples: int, processes: int = 1) -> Schedu
         warmup=min(config.warmup, steps // SMALLEST_SHARE),
         evaluate_every=evaluate_every,
         save_every=min(config.save_every, math.ceil(steps / EVALUATIONS)),
-        log_every=min(10, evaluate_every),
         accumulation=config.batch // at_once,
     )

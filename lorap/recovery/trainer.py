@@ -109,6 +109,23 @@ def mean_loss(evaluated: Any) -> dict[str, float]:
     return {"nll": float(loss / tokens)}
 
 
+def mean_since_evaluation(history: Sequence[Mapping[str, float]]) -> float:
+    """Return the mean training loss of the steps between the last two evaluations.
+
+    Parameters
+    ----------
+    history : sequence of mappings
+        The Trainer's; its last entry is of an evaluation.
+    """
+    losses: list[float] = []
+    for entry in reversed(history[:-1]):
+        if "eval_nll" in entry:
+            break
+        if "loss" in entry:
+            losses.append(entry["loss"])
+    return sum(losses) / len(losses) if losses else math.nan
+
+
 class Watch(TrainerCallback):
     """Tells how the training goes, keeps the best adapter, and stops where a signal asks for it.
 
@@ -134,7 +151,6 @@ class Watch(TrainerCallback):
         self.progress = progress
         self.say = say
         self.signal: int | None = None
-        self._loss = math.nan
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin at the step that there is a checkpoint of."""
@@ -146,9 +162,7 @@ class Watch(TrainerCallback):
         self.progress(state.global_step, state.max_steps)
         if self._is_asked_to_end(args):
             self.signal = self.signal or signal.SIGTERM
-            control.should_log = control.should_save = control.should_training_stop = True
-        elif state.global_step >= state.max_steps:
-            control.should_log = True
+            control.should_save = control.should_training_stop = True
 
     def _is_asked_to_end(self, args: Any) -> bool:
         asked = self.signal is not None
@@ -164,10 +178,9 @@ class Watch(TrainerCallback):
         logs: Mapping[str, float] = given["logs"]
         if "loss" not in logs:
             return
-        self._loss = logs["loss"]
-        if not math.isfinite(self._loss):
+        if not math.isfinite(logs["loss"]):
             raise LorapError(
-                f"the training loss is {self._loss} at step {state.global_step}: a smaller "
+                f"the training loss is {logs['loss']} at step {state.global_step}: a smaller "
                 "--learning-rate, or --dtype float32, may help"
             )
 
@@ -177,7 +190,8 @@ class Watch(TrainerCallback):
         if step == 0:
             self.say(f"before training: validation loss {loss:.4f}")
             return
-        self.say(f"step {step}: training loss {self._loss:.4f}, validation loss {loss:.4f}")
+        training = mean_since_evaluation(state.log_history)
+        self.say(f"step {step}: training loss {training:.4f}, validation loss {loss:.4f}")
         best = self.run.best()
         # All processes decide by what they had before the main one writes.
         self.trainer.accelerator.wait_for_everyone()
@@ -239,8 +253,8 @@ def make_trainer(
         warmup_steps=steps.warmup,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        logging_steps=steps.log_every,
-        logging_first_step=True,
+        # A point of the curve for each step, so that it has the same points after a break.
+        logging_steps=1,
         # A loss that is not finite is to be seen.
         logging_nan_inf_filter=False,
         eval_strategy="steps" if validates else "no",
