@@ -31,10 +31,10 @@ types: $(INSTALLED) ## mypy, strict
 	$(BIN)/mypy
 
 test: lint types ## all that a change must pass
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -m "not slow"
+	HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-full: lint types ## the long tests too, and the older transformers
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	bash tests/with_transformers.sh 4.57 $(PYTHON)
 
 spec: $(INSTALLED) ## rewrite the traceability table of SPEC.md

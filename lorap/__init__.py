@@ -19,20 +19,23 @@ if TYPE_CHECKING:
     from lorap.config import CompressionConfig
     from lorap.errors import LorapError, UsageError
     from lorap.evaluation import evaluate_perplexity
-    from lorap.pipeline import compress, compress_checkpoint, plan_checkpoint
-    from lorap.recovery import RecoveryConfig, merge_adapter, recover
+    from lorap.pipeline.in_memory import compress
+    from lorap.pipeline.on_disk import compress_checkpoint, plan_checkpoint
+    from lorap.recovery.merging import merge_adapter
+    from lorap.recovery.settings import RecoveryConfig
+    from lorap.recovery.training import recover
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "compress": "lorap.pipeline",
-    "compress_checkpoint": "lorap.pipeline",
+    "compress": "lorap.pipeline.in_memory",
+    "compress_checkpoint": "lorap.pipeline.on_disk",
     "CompressionConfig": "lorap.config",
-    "plan_checkpoint": "lorap.pipeline",
+    "plan_checkpoint": "lorap.pipeline.on_disk",
     "evaluate_perplexity": "lorap.evaluation",
-    "recover": "lorap.recovery",
-    "merge_adapter": "lorap.recovery",
-    "RecoveryConfig": "lorap.recovery",
+    "recover": "lorap.recovery.training",
+    "merge_adapter": "lorap.recovery.merging",
+    "RecoveryConfig": "lorap.recovery.settings",
     "LorapError": "lorap.errors",
     "UsageError": "lorap.errors",
 }

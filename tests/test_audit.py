@@ -72,10 +72,10 @@ def next_up(at: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     return edit
 
 
-def one_percent(at: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+def one_percent(at: tuple[int, int], percent: float = 1) -> Callable[[Tensor], Tensor]:
     def edit(tensor: Tensor) -> Tensor:
         before = tensor[at].clone()
-        tensor[at] *= 1.01
+        tensor[at] *= 1 + percent / 100
         assert tensor[at] != before
         return tensor
 
@@ -639,3 +639,200 @@ def test_real_models(model: Path, dtype: torch.dtype, tmp_path: Path) -> None:
         shutil.copytree(output, copy)
         tamper(copy)
         assert name in breaches(audit(original, copy, layers=[1]))
+
+
+# --- the methods that the paper compares with, and MGAA ------------------------------------------
+
+METHODS: dict[str, dict[str, Any]] = {
+    "svd": {"mha": "svd", "ffn": "svd"},
+    "awsvd in the FFN": {"ffn": "awsvd", "weighting": "eq6"},
+    "asvd": {"mha": "asvd", "ffn": "asvd"},
+    "asvd, alpha 1": {"mha": "asvd", "asvd_alpha": 1.0, "joint_qk": True},
+    "pca": {"mha": "pca", "ffn": "pca", "ratio": 0.5},
+    "pca, joint": {"mha": "pca", "joint_qk": True, "ratio": 0.5},
+    "afm": {"mha": "afm", "ffn": "afm", "ratio": 0.4},
+    "afm, joint": {"mha": "afm", "joint_qk": True, "ratio": 0.5},
+    "joint": {"joint_qk": True},
+    "heads": {"mha": "heads", "ratio": 0.5},
+    "heads by magnitude": {"mha": "heads", "importance": "magnitude", "ratio": 0.5},
+    "taylor": {"importance": "taylor"},
+    "heads by taylor": {"mha": "heads", "importance": "taylor", "ratio": 0.5},
+    "mgaa": {"allocation": "mgaa"},
+    "mgaa-between": {"allocation": "mgaa-between", "ratio": 0.4},
+    "mgaa-within, all low rank": {"allocation": "mgaa-within", "mha": "pca", "ffn": "pca"},
+    "mgaa, svd": {"allocation": "mgaa", "mha": "svd", "ffn": "svd", "ratio": 0.4},
+    "mgaa, asvd": {"allocation": "mgaa", "mha": "asvd", "ffn": "asvd", "ratio": 0.4},
+    "mgaa, afm": {"allocation": "mgaa", "mha": "afm", "ffn": "afm", "ratio": 0.4},
+    "mgaa, joint pca": {"allocation": "mgaa", "mha": "pca", "ffn": "pca", "joint_qk": True},
+    "mgaa, heads by taylor": {
+        "allocation": "mgaa-between",
+        "mha": "heads",
+        "importance": "taylor",
+        "ratio": 0.4,
+    },
+}
+
+
+def pair_by(method: str, folder: Path, dtype: torch.dtype, *, seed: int = 0) -> tuple[Path, Path]:
+    """An original and its form compressed by a method, from ids of a seed."""
+    traits = VARIANTS["gqa"] | VARIANTS["biased"]
+    save_tiny_checkpoint(folder / "original", seed=3, dtype=dtype, **traits)
+    ids = token_ids(8, 24, seed=seed)
+    return folder / "original", compress(
+        folder / "original", folder / f"out-{seed}", ids, **METHODS[method]
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        pytest.param(
+            method,
+            dtype,
+            id=f"{method}, {dtype}",
+            # In `make test` each method in one of them, by turns.
+            marks=() if (place - turn) % len(DTYPES) == 0 else pytest.mark.slow,
+        )
+        for place, method in enumerate(METHODS)
+        for turn, dtype in enumerate(DTYPES)
+    ],
+)
+def test_every_method_passes(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    assert_passes(audit(*pair_by(method, tmp_path, dtype)))
+
+
+OTHER_IDS = {
+    "svd": None,
+    "awsvd in the FFN": ("layers.0.mlp.up_proj", "norms of the inputs (ffn), rms"),
+    "asvd": ("layers.1.self_attn.o_proj", "magnitudes of the inputs (o), rms"),
+    "pca": ("layers.1.mlp.down_proj", "norms of the inputs (down), rms"),
+    "afm": ("layers.0.self_attn.q_proj", "sums of the inputs (attention), rms"),
+    "joint": ("layers.0.self_attn.qk_proj", "norms of the inputs (attention), rms"),
+    "heads": ("layers.0.self_attn", "norms of the inputs (attention), rms"),
+    "heads by magnitude": None,
+    "taylor": ("layers.1.ffn.scores", "scores by gradients, rms"),
+    "mgaa": ("layers.0.mha.similarity", "similarity"),
+    "mgaa-within, all low rank": ("layers.2.mlp.gate_proj.spectrum", "eigenvalues, norm"),
+    "mgaa, svd": ("layers.2.ffn.similarity", "similarity"),
+    "mgaa, asvd": ("layers.1.self_attn.k_proj.spectrum", "singular values, rms"),
+}
+"""What finds that a checkpoint was made from other ids; None where its weights use none."""
+
+
+@pytest.mark.parametrize("method", OTHER_IDS)
+def test_other_ids_are_caught_whatever_the_method(method: str, tmp_path: Path) -> None:
+    """Made from other ids and consistent in itself, beside the ids that it pretends to."""
+    original, output = pair_by(method, tmp_path, torch.bfloat16)
+    _, other = pair_by(method, tmp_path, torch.bfloat16, seed=1)
+    shutil.copy(output / CALIBRATION, other / CALIBRATION)
+    about = json.loads((output / REPORT).read_text())["calibration"]
+    change_report(other, lambda report: report.update(calibration=about))
+    found, expected = breaches(audit(original, other)), OTHER_IDS[method]
+    if expected is None:
+        assert not found
+    else:
+        module, check = expected
+        assert check in {breach.name for breach in found[module]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("method", "module", "names"),
+    [
+        ("svd", "mlp.down_proj", ("mlp.down_proj.left", "mlp.down_proj.right")),
+        ("asvd", "self_attn.k_proj", ("self_attn.k_proj.left", "self_attn.k_proj.right")),
+        ("pca", "self_attn.q_proj", ("self_attn.q_proj.left", "self_attn.q_proj.right")),
+        ("pca", "mlp.up_proj", ("mlp.up_proj.left", "mlp.up_proj.right")),
+        ("afm", "mlp.down_proj", ("mlp.down_proj.left", "mlp.down_proj.right")),
+        ("joint", "self_attn.qk_proj", ("self_attn.k_proj.left", "self_attn.qk_right")),
+        ("pca, joint", "self_attn.qk_proj", ("self_attn.q_proj.left", "self_attn.qk_right")),
+    ],
+)
+def test_one_percent_of_a_factor_entry_is_caught_whatever_the_method(
+    method: str, module: str, names: tuple[str, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """But in PCA and AFM of 16 bits 5%: SPEC, "Audit", says why."""
+    percent = 5 if dtype == torch.bfloat16 and method[:3] in ("pca", "afm") else 1
+    original, output = pair_by(method, tmp_path, dtype)
+    rng = np.random.default_rng(0)
+    for name in names:
+        copy = tmp_path / name
+        shutil.copytree(output, copy)
+
+        def edit(tensor: Tensor) -> Tensor:
+            # Not among the entries that are next to zero, where 1% is less than the rounding.
+            large = torch.nonzero(tensor.abs() >= tensor.abs().median())
+            row, column = large[int(rng.integers(len(large)))].tolist()
+            return one_percent((row, column), percent)(tensor)
+
+        change(copy, f"{LAYER}{name}.weight", edit)
+        assert f"layers.1.{module}" in breaches(audit(original, copy, layers=[1])), name
+
+
+def test_one_percent_of_a_bias_of_afm_is_caught(tmp_path: Path) -> None:
+    original, output = pair_by("afm", tmp_path, torch.float32)
+    name = f"{LAYER}self_attn.v_proj.left.bias"
+    change(output, name, lambda t: torch.cat([t[:3], t[3:4] * 1.01, t[4:]]))
+    found = breaches(audit(original, output, layers=[1]))["layers.1.self_attn.v_proj"]
+    assert [check.name for check in found] == ["bias"]
+
+
+@pytest.mark.parametrize("method", ["heads", "heads by magnitude", "heads by taylor"])
+def test_a_swapped_head_is_caught(method: str, tmp_path: Path) -> None:
+    original, output = pair_by(method, tmp_path, torch.float32)
+    layers = json.loads((output / REPORT).read_text())["layers"]
+    index, kept = next(
+        (index, module["kept_kv_heads"])
+        for index, layer in enumerate(layers)
+        for name, module in layer["modules"].items()
+        if name == "self_attn" and len(module["kept_kv_heads"]) == 1
+    )
+    removed = 1 - kept[0]
+    whole = load_file(original / "model.safetensors")
+    prefix = f"model.layers.{index}.self_attn."
+    for role in ("q", "k", "v", "o"):
+        axis = 1 if role == "o" else 0
+        size = whole[f"{prefix}{role}_proj.weight"].shape[axis] // 2
+        part = whole[f"{prefix}{role}_proj.weight"].narrow(axis, removed * size, size)
+        change(output, f"{prefix}{role}_proj.weight", lambda _, part=part: part)
+        if role != "o":
+            bias = whole[f"{prefix}{role}_proj.bias"].narrow(0, removed * size, size)
+            change(output, f"{prefix}{role}_proj.bias", lambda _, part=bias: part)
+    change_report(
+        output,
+        lambda r: r["layers"][index]["modules"]["self_attn"].update(kept_kv_heads=[removed]),
+    )
+    names = {c.name for c in breaches(audit(original, output))[f"layers.{index}.self_attn"]}
+    assert any(name.startswith("heads by") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "factor"),
+    [
+        ("taylor", "layers.1.ffn.scores", 1.2),
+        ("mgaa", "layers.1.mha.similarity", 0.99),
+        ("mgaa, svd", "layers.0.self_attn.q_proj.spectrum", 1.001),
+        ("mgaa, asvd", "layers.0.mlp.up_proj.spectrum", 1.05),
+        ("mgaa-within, all low rank", "layers.2.self_attn.o_proj.spectrum", 1.05),
+    ],
+)
+def test_measurements_that_are_off_are_caught(
+    method: str, name: str, factor: float, tmp_path: Path
+) -> None:
+    original, output = pair_by(method, tmp_path, torch.float32)
+    file = output / STATISTICS
+    arrays = load_file(file)
+    arrays[f"model.{name}"] *= factor
+    save_file(arrays, file)
+    # The sizes may follow from them: then the tensors are not those that the plan asks for.
+    assert {name, "tensors"} & set(breaches(audit(original, output)))
+
+
+def test_what_the_report_says_of_the_allocation_is_compared(tmp_path: Path) -> None:
+    original, output = pair_by("mgaa", tmp_path, torch.float32)
+
+    def edit(report: dict[str, Any]) -> None:
+        report["layers"][1]["ratios"]["mha"] += 1e-3
+
+    change_report(output, edit)
+    assert REPORT in breaches(audit(original, output))
