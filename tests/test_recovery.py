@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,10 @@ def examples_of(
 def decoded(data: TrainingData, tokenizer: Any) -> list[tuple[str, str]]:
     """Return of each example all of its words, and those that count."""
     return [
-        (tokenizer.decode(example.ids), tokenizer.decode(example.ids[example.counts]))
+        tuple(
+            " ".join(tokenizer.convert_ids_to_tokens(ids))
+            for ids in (example.ids, example.ids[example.counts])
+        )
         for example in data.training
     ]
 
@@ -85,10 +89,10 @@ def test_the_response_counts_and_the_prompt_does_not(tmp_path: Path) -> None:
     data = examples_of(tmp_path, rows, tokenizer)
     assert data.kind == "instructions"
     found = sorted(counted for _, counted in decoded(data, tokenizer))
-    assert found == ["add</s>", "add</s>", "five</s>", "three three</s>"]
-    (row,) = [text for text, counted in decoded(data, tokenizer) if counted == "five</s>"]
+    assert found == ["add </s>", "add </s>", "five </s>", "three three </s>"]
+    (row,) = [text for text, counted in decoded(data, tokenizer) if counted == "five </s>"]
     assert row.split("add")[1].replace("<unk>", "").split() == [
-        "Input", "two", "three", "Response", "five</s>",
+        "Input", "two", "three", "Response", "five", "</s>",
     ]  # fmt: skip
 
 
@@ -339,7 +343,7 @@ def test_training_lowers_the_loss_and_leaves_the_model(place: Path, whole: dict[
         json.dumps(whole)
     )
     loss = whole["loss"]
-    assert loss["best"] < 0.9 * loss["before"]
+    assert loss["best"] < loss["before"] - 0.2
     assert [step for step, _ in loss["training"]] == list(range(1, 11))
     assert [step for step, _ in loss["validation"]] == [0, 3, 6, 9, 10][: len(loss["validation"])]
     assert loss["best"] == min(value for _, value in loss["validation"])
@@ -476,22 +480,32 @@ def same_curves(record: dict[str, Any], other: dict[str, Any]) -> None:
     assert record["loss"] == other["loss"]
 
 
-@pytest.mark.parametrize("step", [1, 4, 5, 7, 9])
+@pytest.mark.parametrize(
+    ("step", "damaged", "resumed_from"),
+    [(1, None, None), (5, None, 4), (8, "checkpoint-6", 4)],
+)
 def test_a_run_that_crashed_is_resumed_to_the_same_curve(
-    place: Path, whole: dict[str, Any], tmp_path: Path, step: int
+    place: Path,
+    whole: dict[str, Any],
+    tmp_path: Path,
+    step: int,
+    damaged: str | None,
+    resumed_from: int | None,
 ) -> None:
     with pytest.raises(CrashError):
         recover(place, tmp_path / "adapter", progress=crash_at(step))
     assert not (tmp_path / "adapter").exists()
     left = tmp_path / "adapter.unfinished"
-    assert left.exists() == (step > 2)
+    assert left.exists() == (resumed_from is not None)
+    if damaged is not None:
+        (left / damaged / "trainer_state.json").write_text("{")
     if left.exists():
         with pytest.raises(UsageError, match="--resume goes on with it"):
             recover(place, tmp_path / "adapter")
         with pytest.raises(UsageError, match="cannot be resumed: rank was 4 and is 5 now"):
             recover(place, tmp_path / "adapter", replace(QUICK, rank=5), resume=True)
     again = recover(place, tmp_path / "adapter", resume=True)
-    assert again["resumed_from"] == (None if step <= 2 else (step - 1) // 2 * 2)
+    assert again["resumed_from"] == resumed_from
     same_curves(again, whole)
     one, two = (
         load_file(folder / "adapter_model.safetensors")
@@ -518,17 +532,6 @@ def test_a_signal_ends_a_run_after_a_checkpoint(
     assert any("once more ends at once" in line for line in said)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     same_curves(recover(place, tmp_path / "adapter", resume=True), whole)
-
-
-def test_a_damaged_checkpoint_is_passed_over(
-    place: Path, whole: dict[str, Any], tmp_path: Path
-) -> None:
-    with pytest.raises(CrashError):
-        recover(place, tmp_path / "adapter", progress=crash_at(7))
-    (tmp_path / "adapter.unfinished" / "checkpoint-6" / "trainer_state.json").write_text("{")
-    again = recover(place, tmp_path / "adapter", resume=True)
-    assert again["resumed_from"] == 4
-    same_curves(again, whole)
 
 
 def test_two_runs_do_not_share_a_folder(place: Path, tmp_path: Path) -> None:
@@ -599,10 +602,7 @@ def test_a_loss_that_is_not_finite(place: Path, tmp_path: Path) -> None:
 def test_a_missing_package_is_said_with_its_remedy(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr(training.importlib, "import_module", refuse)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(
         LorapError, match=r"needs the package peft: .*pip install 'lorap\[recover\]'"
     ):
