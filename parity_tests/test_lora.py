@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, event, given, settings
+from hypothesis import assume, event, example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 
@@ -208,6 +208,7 @@ def test_the_layer_that_peft_is_given(case: Case, biased: bool) -> None:
     layer: Any = inject_adapter_in_model(config, model)["q"]
     A, B = layer.lora_B["default"].weight, layer.lora_A["default"].weight
     assert A.abs().sum() == 0, "a new update must change nothing"
+    assert (A.shape, B.shape) == (case.A.shape, case.B.shape)
     A.data, B.data = torch.tensor(case.A), torch.tensor(case.B)
     X = torch.tensor(case.X, requires_grad=True)
     y = layer(X)
@@ -285,6 +286,8 @@ def test_merge_factors(case: Case, layout: own.Layout, dtype: Dtype) -> None:
     r=st.integers(0, 80),
     r_l=st.integers(0, 80),
 )
+# At break-even itself.
+@example(shape=(12, 4), r=1, r_l=2)
 def test_break_even(shape: own.Shape, r: int, r_l: int) -> None:
     theirs = reference.merged_rank(shape, r, r_l)
     assert ours.merged_rank(shape, r, r_l) == theirs
