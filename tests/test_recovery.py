@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -410,6 +411,69 @@ def test_updates_on_factors_need_no_lorap(place: Path, tmp_path: Path) -> None:
     merged = lorap.merge_adapter(place / "small", tmp_path / "adapter", tmp_path / "merged")
     sizes = merged["recovery"]["merge"]["parameters"]
     assert sizes["before"] == sizes["after"]
+
+
+WITHOUT_LORAP = """
+import sys
+
+sys.modules["lorap"] = None
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+small, adapter, result = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(small, trust_remote_code=True)
+model = PeftModel.from_pretrained(model, adapter).eval()
+with torch.no_grad():
+    save_file({"logits": model(input_ids=torch.arange(3, 13)[None]).logits}, result)
+"""
+
+
+@pytest.mark.slow
+def test_updates_on_factors_load_where_lorap_is_not_installed(place: Path, tmp_path: Path) -> None:
+    recover(place, tmp_path / "adapter", replace(QUICK, on="factors"))
+    files = (place / "small", tmp_path / "adapter", tmp_path / "result.safetensors")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_LORAP, *map(str, files)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    model = PeftModel.from_pretrained(load(place / "small"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        here = model(input_ids=torch.arange(3, 13)[None]).logits
+    assert torch.allclose(load_file(files[2])["logits"], here, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(place: Path, tmp_path: Path) -> None:
+    """By torchrun, on the CPU: half of each step is another process's."""
+    config = replace(QUICK, dropout=0.0)
+    whole = recover(place, tmp_path / "one", config)
+    words = {
+        "rank": 4, "alpha": 8, "learning-rate": 0.01, "batch": 4, "micro-batch": 2, "epochs": 1,
+        "evaluate-every": 3, "save-every": 2, "cutoff": 16, "dropout": 0, "device": "cpu",
+        "data": place / "data.txt", "output": tmp_path / "two",
+    }  # fmt: skip
+    options = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "lorap", "recover", str(place / "small"), *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("next: lorap merge") == 1
+    record = json.loads((tmp_path / "two" / "lorap_recovery.json").read_text())
+    assert record["schedule"]["processes"] == 2
+    for kind in ("training", "validation"):
+        assert np.allclose(record["loss"][kind], whole["loss"][kind], rtol=1e-3)
 
 
 @pytest.mark.spec("lora.gradient", "lora.factored", "lora.dense")
