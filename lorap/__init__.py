@@ -1,7 +1,8 @@
 """Structured compression of language models: low-rank attention and pruned feed-forward blocks.
 
 Importing this package is cheap, and makes transformers load compressed checkpoints: the Auto
-classes learn of them as soon as transformers itself is imported, before or after.
+classes learn of them as soon as transformers itself is imported, before or after. Likewise PEFT
+learns to put LoRA around factored linears.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from lorap.evaluation import evaluate, evaluate_perplexity
     from lorap.pipeline.in_memory import compress
     from lorap.pipeline.on_disk import compress_checkpoint, plan_checkpoint
+    from lorap.recovery.merging import merge_adapter
+    from lorap.recovery.settings import RecoveryConfig
+    from lorap.recovery.training import recover
 
 __version__ = "0.1.0"
 
@@ -29,9 +33,12 @@ _EXPORTS = {
     "compress_checkpoint": "lorap.pipeline.on_disk",
     "CompressionConfig": "lorap.config",
     "plan_checkpoint": "lorap.pipeline.on_disk",
-    "evaluate": "lorap.evaluation",
-    "evaluate_perplexity": "lorap.evaluation",
+    "evaluate": "lorap.evaluation.run",
+    "evaluate_perplexity": "lorap.evaluation.run",
     "export_dense": "lorap.dense",
+    "recover": "lorap.recovery.training",
+    "merge_adapter": "lorap.recovery.merging",
+    "RecoveryConfig": "lorap.recovery.settings",
     "LorapError": "lorap.errors",
     "UsageError": "lorap.errors",
 }
@@ -39,6 +46,7 @@ _EXPORTS = {
 __all__ = [
     "CompressionConfig",
     "LorapError",
+    "RecoveryConfig",
     "UsageError",
     "__version__",
     "compress",
@@ -46,7 +54,9 @@ __all__ = [
     "evaluate",
     "evaluate_perplexity",
     "export_dense",
+    "merge_adapter",
     "plan_checkpoint",
+    "recover",
 ]
 
 
@@ -64,8 +74,13 @@ def _import_models(_: ModuleType) -> None:
     importlib.import_module(MODELING_MODULE)
 
 
+def _register_lora(peft: ModuleType) -> None:
+    importlib.import_module("lorap.recovery.layers").register(peft)
+
+
 # Two steps, since either module may be the first one imported: the classes are registered once
 # their module is complete, and transformers only causes it to be imported.
 for _family in FAMILIES.values():
     wrapt.register_post_import_hook(_family.register, MODELING_MODULE)
 wrapt.register_post_import_hook(_import_models, "transformers")
+wrapt.register_post_import_hook(_register_lora, "peft")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import signal
 import sys
@@ -20,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 import lorap
-from lorap.errors import LorapError, UsageError
+from lorap.errors import Interrupted, LorapError, UsageError
 from lorap.wording import spans
 
 if TYPE_CHECKING:
@@ -43,14 +44,6 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a run after it has tidied up."""
 
 
-class _Ended(KeyboardInterrupt):
-    """The run was told to end by a signal."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
 class _Commands(TyperGroup):
     """The commands, with one place that turns errors into messages and exit statuses."""
 
@@ -66,7 +59,7 @@ class _Commands(TyperGroup):
         except LorapError as error:
             _fail(_noted(error), 1)
         except KeyboardInterrupt as error:
-            number = error.number if isinstance(error, _Ended) else signal.SIGINT
+            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             _fail(f"interrupted; {_left(error)}", 128 + number)
         except BrokenPipeError:
             raise
@@ -76,7 +69,11 @@ class _Commands(TyperGroup):
             if not _is_out_of_memory(error):
                 raise
             detail = f" ({error})" if str(error) else ""
-            _fail(f"out of memory; a smaller --batch-size needs less{detail}", 1)
+            _fail(
+                "out of memory; a smaller --batch-size (of recover: --micro-batch) needs less"
+                f"{detail}",
+                1,
+            )
 
 
 def _noted(error: BaseException) -> str:
@@ -131,7 +128,7 @@ def _end(number: int, frame: object) -> None:
     # Another signal must not interrupt the removal.
     for later in ENDING:
         signal.signal(later, signal.SIG_IGN)
-    raise _Ended(number)
+    raise Interrupted(number)
 
 
 def _print_version(wanted: bool) -> None:
@@ -639,6 +636,203 @@ def evaluate(
 
 
 @app.command()
+def recover(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="DIR", help="Folder that lorap compress wrote.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="Training data. Instructions: owner/name or owner/name:split on the hub "
+            "(yahma/alpaca-cleaned in the paper), or a .json, .jsonl or .parquet file with the "
+            "fields instruction, input and output, put into Alpaca's prompt; the response counts. "
+            "Or chat messages, through the model's template; the assistant's count. Or text, or "
+            "token ids (.npy, .safetensors), of which all counts.",
+        ),
+    ],
+    output: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for the adapter; it appears when it is whole. Until then, checkpoints lie "
+            "beside it, in DIR.unfinished.",
+        ),
+    ],
+    field: Annotated[
+        str | None,
+        typer.Option(
+            help="Field of a .json, .jsonl or .parquet file.",
+            show_default="instruction with output, else messages, else text",
+        ),
+    ] = None,
+    on: Annotated[
+        str,
+        typer.Option(
+            metavar="matrices|factors",
+            help="Where the updates are. matrices: one around each matrix, factored or not (the "
+            "paper). factors: one on each factor, which plain PEFT loads without lorap.",
+        ),
+    ] = "matrices",
+    rank: Annotated[int, typer.Option(help="Rank of an update.")] = 8,
+    alpha: Annotated[
+        float, typer.Option(help="An update counts alpha / rank times.", show_default="16")
+    ] = 16.0,
+    dropout: Annotated[
+        float, typer.Option(help="Share of an update's inputs that is left out in training.")
+    ] = 0.05,
+    learning_rate: Annotated[
+        float, typer.Option(help="At its highest; it rises, then falls linearly.")
+    ] = 1e-4,
+    batch: Annotated[int, typer.Option(help="Samples in a step.")] = 64,
+    micro_batch: Annotated[
+        int, typer.Option(help="Samples in a forward of a process: less needs less memory.")
+    ] = 4,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.", show_default="2")] = 2.0,
+    warmup: Annotated[
+        int,
+        typer.Option(help="Steps in which the learning rate rises; a tenth of all at most."),
+    ] = 100,
+    cutoff: Annotated[int, typer.Option(help="Tokens that are kept of a sample.")] = 256,
+    validation: Annotated[
+        int, typer.Option(help="Rows held out for validation; a tenth of all at most.")
+    ] = 2000,
+    evaluate_every: Annotated[
+        int,
+        typer.Option(help="Steps between evaluations; the best adapter by them is the result."),
+    ] = 100,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints to resume from.")
+    ] = 200,
+    seed: Annotated[
+        int, typer.Option(help="Of the split, the order, the first updates and the dropout.")
+    ] = 42,
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda", help="auto takes the GPU where there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="float32, bfloat16 or float16, for the forwards; updates are float32.",
+            show_default="bfloat16 or float16 on a GPU, float32 on a CPU",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with a run that did not end; all else as it was given then."
+        ),
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Recover a compressed model by LoRA.
+
+    Trains small updates beside its weights, which lorap merge puts into them. Needs PEFT and
+    accelerate (pip install 'lorap[recover]'). Ctrl-C ends it after a checkpoint. On several GPUs:
+    torchrun --nproc-per-node N -m lorap recover ...
+
+    For example: lorap recover small --data yahma/alpaca-cleaned --output adapter
+    """
+    from lorap.recovery.settings import RecoveryConfig
+
+    fields = {f.name for f in dataclasses.fields(RecoveryConfig)}
+    settings = {name: value for name, value in ctx.params.items() if name in fields}
+    config = RecoveryConfig(**settings)
+    _quieten()
+    with _stdout_kept(as_json), _progress("steps") as progress:
+        record = lorap.recover(
+            model,
+            output,
+            config,
+            data=data,
+            field=field,
+            resume=resume,
+            command=shlex.join(["lorap", *ctx.meta[ARGUMENTS]]),
+            progress=progress,
+            say=lambda line: typer.echo(line, err=True),
+        )
+    if not _writes():
+        return
+    if as_json:
+        _print_json(record)
+    else:
+        _print_recovery(record, model, output)
+
+
+def _writes() -> bool:
+    """Whether this process is the one of its run that has something to say."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@app.command()
+def merge(
+    ctx: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="The compressed model that was recovered.")
+    ],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="Folder that lorap recover wrote, or PEFT.")
+    ],
+    output: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR", help="Folder for the merged model; it appears when it is whole."
+        ),
+    ],
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="exact|same-size",
+            help="What becomes of factored matrices. exact: their rank grows by that of the "
+            "update, and the model computes the same. same-size: they are cut back to their rank.",
+        ),
+    ] = "exact",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="same-size: data for the statistics, as of compress; the training data will do.",
+            show_default="the ids kept in DIR",
+        ),
+    ] = None,
+    field: _Field = None,
+    batch_size: _BatchSize = None,
+    device: _Device = None,
+    dtype: _Dtype = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Merge an adapter into a compressed model.
+
+    The result is a checkpoint as lorap compress writes it, and needs no PEFT.
+
+    For example: lorap merge small adapter --output recovered
+    """
+    _quieten()
+    with _stdout_kept(as_json), _progress("layers") as progress:
+        report = lorap.merge_adapter(
+            model,
+            adapter,
+            output,
+            mode=mode,  # type: ignore[arg-type]  # checked there
+            calibration=calibration,
+            field=field,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            command=shlex.join(["lorap", *ctx.meta[ARGUMENTS]]),
+            progress=progress,
+        )
+    if as_json:
+        _print_json(report)
+    else:
+        _print_merge(report, output)
+
+
+@app.command()
 def audit(
     model: Annotated[
         str,
@@ -1017,6 +1211,49 @@ def _print_evaluation(result: Evaluation) -> None:
     typer.echo(f"computed    in {scores.dtype} on {scores.device}")
     typer.echo(f"batch size  {scores.batch_size} requests")
     typer.echo(f"versions    {versions}")
+
+
+def _print_recovery(record: Mapping[str, Any], model: str, output: str) -> None:
+    from lorap.recovery.curve import sparkline
+
+    data, loss, steps = record["data"], record["loss"], record["schedule"]["steps"]
+    typer.echo(
+        f"data         {data['training']:,} examples of {data['description']}, "
+        f"{data['validation']:,} more for validation"
+    )
+    typer.echo(f"steps        {steps:,} of {record['settings']['batch']} samples")
+    trained, frozen = record["parameters"]["trained"], record["parameters"]["frozen"]
+    typer.echo(f"trained      {trained:,} parameters beside {frozen:,}")
+    if loss["best"] is None:
+        typer.echo(f"loss         {loss['training'][-1][1]:.4f} at the end; no validation")
+        curve = loss["training"]
+    else:
+        typer.echo(
+            f"validation   {loss['before']:.4f} before, {loss['best']:.4f} at step "
+            f"{loss['best_step']}, which is kept"
+        )
+        curve = loss["validation"]
+    typer.echo(f"             {sparkline([value for _, value in curve])}")
+    if loss["best"] is not None and loss["best"] >= loss["before"]:
+        typer.echo("             training has not lowered it: other data or settings are needed")
+    typer.echo(f"time         {_duration(record['seconds'])} on {record['device']}")
+    typer.echo(f"output       {output}")
+    typer.echo(f"\nnext: lorap merge {shlex.quote(model)} {shlex.quote(output)} --output recovered")
+
+
+def _print_merge(report: Mapping[str, Any], output: str) -> None:
+    merge = report["recovery"]["merge"]
+    before, after = merge["parameters"]["before"], merge["parameters"]["after"]
+    grown = f", {after / before - 1:.2%} more" if after != before else ""
+    typer.echo(f"mode         {merge['mode']}")
+    typer.echo(f"parameters   {before:,} -> {after:,}{grown}")
+    typer.echo(f"ratio        {report['achieved_ratio']:.2%} of all parameters removed")
+    dense = [name for name, module in merge["modules"].items() if module["rank"] is None]
+    if dense:
+        more = f" and {len(dense) - 4} more" if len(dense) > 4 else ""
+        typer.echo(f"dense now    {', '.join(dense[:4])}{more}: two factors would hold no less")
+    typer.echo(f"output       {output}")
+    typer.echo(f"\nnext: lorap evaluate {shlex.quote(output)} --perplexity wikitext2")
 
 
 def _print_perplexity(report: PerplexityReport, baseline: PerplexityReport | None) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lorap.checks import choice as _check_choice
+from lorap.checks import number as _number
+from lorap.checks import whole_number as _int
 from lorap.errors import UsageError
 
 RatioScope = Literal["model", "layer"]
@@ -482,30 +483,6 @@ def _ratio(value: object, where: str) -> float:
             f"got {value!r}"
         )
     return number
-
-
-def _number(where: str, value: object) -> float:
-    """Return a finite number, NumPy's kinds among them, as a float."""
-    if not isinstance(value, bool) and isinstance(value, Real):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if math.isfinite(number):
-            return number
-    raise UsageError(f"{where}: expected a number, got {value!r}")
-
-
-def _int(where: str, value: object, minimum: int) -> int:
-    """Return a whole number, NumPy's kinds among them, as an int."""
-    if not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= minimum:
-        return int(value)
-    raise UsageError(f"{where}: expected a whole number of at least {minimum}, got {value!r}")
-
-
-def _check_choice(where: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UsageError(f"{where}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def _kind(value: object) -> str:

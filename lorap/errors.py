@@ -1,4 +1,4 @@
-"""The two kinds of failure that a user meets; everything else is a defect of lorap."""
+"""The kinds of failure that a user meets; everything else is a defect of lorap."""
 
 
 class LorapError(Exception):
@@ -7,6 +7,20 @@ class LorapError(Exception):
 
 class UsageError(LorapError):
     """An argument, option, path or file that cannot be used. The command line exits with 2."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was told to end by a signal; notes on it say what it has left.
+
+    Parameters
+    ----------
+    number : int
+        Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def first_line(error: BaseException) -> str:

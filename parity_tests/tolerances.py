@@ -213,6 +213,24 @@ def low_rank_apply(L: Array, R: Array, X: Array, eps: float) -> Array:
     return inner(L.shape[1] + R.shape[1], magnitude, eps)
 
 
+def updated(
+    beside: Array, update: Array, terms: int, update_terms: int, eps: float = EPS64
+) -> Array:
+    """Entry-by-entry distance of what is beside an update of LoRA, plus the update.
+
+    Products of some terms each, as in ``inner``; the factor, which float32 rounds, the product by
+    it and the addition are three more.
+
+    Parameters
+    ----------
+    beside, update : array
+        Sums of the magnitudes, the factor in those of the update.
+    terms, update_terms : int
+        Of the products; of several in a row the sum of their terms.
+    """
+    return inner(max(terms, update_terms) + 3, beside + update, eps)
+
+
 def singular_values(S: Array, shape: tuple[int, int], eps: float) -> float:
     """Distance of any singular value: ``SVD_FACTOR * u``."""
     return SVD_FACTOR * svd_unit(float(S[0]) if S.size else 0.0, shape, eps)

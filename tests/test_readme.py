@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import transformers
 from typer.main import get_command
@@ -17,6 +18,8 @@ from lorap.config import CompressionConfig, load_recipe
 from lorap.data import NAMED_SOURCES
 from lorap.families import family_of
 from lorap.plan import make_plan
+from lorap.recovery import RecoveryConfig
+from lorap.recovery.layers import lora_config
 from tests.tiny_models import save_tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -90,14 +93,25 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     examples = blocks("python")
     # The examples that load the result stand before the one that makes it.
     examples.sort(key=lambda code: '"llama-20"' in code and "compress_checkpoint" not in code)
-    assert sum('"llama-20"' in code for code in examples) == 3
+    examples.sort(key=lambda code: "llama-20-adapter" in code)
+    assert sum('"llama-20"' in code for code in examples) == 4
     scopes: list[dict[str, Any]] = [{} for _ in examples]
     for code, scope in zip(examples, scopes, strict=True):
+        if "llama-20-adapter" in code:
+            model = transformers.AutoModelForCausalLM.from_pretrained("llama-20")
+            adapted = peft.get_peft_model(model, lora_config(model, RecoveryConfig()))
+            adapted.save_pretrained("llama-20-adapter")
         exec(compile(code, "README.md", "exec"), scope)
     assert abs(scopes[0]["report"]["achieved_ratio"] - 0.2) < 0.02
     assert scopes[1]["smaller"].num_parameters() < scopes[1]["model"].num_parameters()
-    reloaded = [scope["model"].num_parameters() for scope in scopes[2:]]
-    assert reloaded == [scopes[0]["report"]["parameters"]["after"]] * 2
+    size = scopes[0]["report"]["parameters"]["after"]
+    assert [scope["model"].num_parameters() for scope in scopes[2:4]] == [size] * 2
+    assert len(scopes) == 5
+    assert isinstance(scopes[4]["model"], peft.PeftModel)
+    # A and B of rank 8: of each projection, the widths of its input and its output.
+    projections = [(32, 32)] * 4 + [(32, scopes[4]["model"].base_model.model.config.width(0))] * 3
+    updates = scopes[4]["model"].num_parameters() - size
+    assert updates == 3 * 8 * sum(map(sum, projections))
 
 
 def test_the_table_of_sources_is_the_code_s() -> None:

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file as save_torch
 
 from lorap.data import NAMED_SOURCES, HubSource, TextRows, TokenIds, read_source, sources
+from lorap.data.instructions import Instruction
 from lorap.errors import LorapError, UsageError
 
 
@@ -228,7 +229,7 @@ def test_unknown_sources_list_the_known_ones(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("x")
     known = ["bookcorpus, c4, wikitext2, ptb", "owner/name:split:field"]
-    suffixes = ".txt, .jsonl, .parquet, .npy, .safetensors"
+    suffixes = ".txt, .json, .jsonl, .parquet, .npy, .safetensors"
     fails(path, "suffix that is not known", *known, suffixes)
     for source in ("wikitext", "owner/name", "owner/name:train", "a.csv", ""):
         fails(source, f"{source!r} is neither a named set nor a file", *known, suffixes)
@@ -386,3 +387,90 @@ def test_missing_package_is_said_with_its_remedy(
     with pytest.raises(LorapError, match=f"pip install {package}") as caught:
         read_source(source, split_role="calibration")
     assert not isinstance(caught.value, UsageError)
+
+
+# --- instructions ---------------------------------------------------------------------------------
+
+ADD = {"instruction": "Add.", "input": "1 2", "output": "3"}
+ROWS = [Instruction("Add.", "1 2", "3"), Instruction("Say hello.", "", "Hello.")]
+RECORDS = [ADD, {"instruction": "Say hello.", "output": "Hello.", "input": None}]
+
+
+def read_training(source: str | Path, **options: Any) -> TextRows:
+    data = read_source(source, split_role="training", **options)
+    assert isinstance(data, TextRows)
+    return data
+
+
+def test_instructions_of_files(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS))
+    write_jsonl(tmp_path / "a.jsonl", *RECORDS)
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
+    for suffix in ("json", "jsonl", "parquet"):
+        assert list(read_training(tmp_path / f"a.{suffix}").rows) == ROWS
+        # Calibration takes them as text, prompt and response.
+        data = read_text(tmp_path / f"a.{suffix}")
+        assert data.render(0, None) == ROWS[0].text()  # type: ignore[arg-type]
+
+
+def test_training_prefers_instructions_and_calibration_text(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", {**ADD, "text": "all in one"})
+    assert list(read_training(file).rows) == ROWS[:1]
+    assert list(read_text(file).rows) == ["all in one"]
+    assert list(read_training(file, field="text").rows) == ["all in one"]
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        ("{}", ["holds a JSON dict; expected an array of objects"]),
+        ("[", ["is not JSON"]),
+        ("[]", ["is empty: it holds no records"]),
+        ('["a"]', ["record 1", "holds a JSON str; expected an object"]),
+        ('[{"text": "x"}, {"text": null}]', ["record 2", "null"]),
+        ('[{"instruction": "x"}]', ["record 1", "no field"]),
+        ('[{"instruction": "x", "output": 3}]', ["'output'", "int; expected text"]),
+        ('[{"instruction": "x", "input": [], "output": "y"}]', ["'input'", "list; expected text"]),
+        ('[{"instruction": "x", "output": "y"}, {"text": "z"}]', ["record 2", "mixes kinds"]),
+    ],
+)
+def test_bad_json_files(tmp_path: Path, content: str, fragments: list[str]) -> None:
+    (tmp_path / "a.json").write_text(content)
+    fails(tmp_path / "a.json", *fragments, split_role="training")
+
+
+def test_sets_of_instructions_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's reader as it is, on a table of the columns that yahma/alpaca-cleaned has."""
+    datasets = pytest.importorskip("datasets")
+    calls: list[tuple[str, dict[str, object]]] = []
+    table = datasets.Dataset.from_list(RECORDS)
+
+    def load_dataset(path: str, **options: object) -> Any:
+        calls.append((path, options))
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source, split in (
+        ("yahma/alpaca-cleaned", "train"),
+        ("yahma/alpaca-cleaned:train[:2]", "train[:2]"),
+        ("owner/other:test:output", "test"),
+    ):
+        data = read_training(source)
+        assert calls.pop() == (
+            source.split(":")[0],
+            {"name": None, "split": split, "revision": None},
+        )
+        assert data.split == split
+        assert list(data.rows) == (ROWS if "alpaca" in source else ["3", "Hello."])
+    fails("yahma/alpaca-cleaned", "is neither a named set nor a file that exists")
+
+
+def test_a_file_is_not_taken_for_a_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fails("data/a.jsonl", "does not exist", split_role="training")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.csv").write_text("x")
+    fails("data/a.csv", "suffix that is not known", "owner/name", split_role="training")

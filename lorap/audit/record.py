@@ -68,6 +68,11 @@ class Record:
         version = report.get("format_version") if isinstance(report, dict) else None
         if version != FORMAT_VERSION:
             raise UsageError(f"{file}: expected format_version {FORMAT_VERSION}, got {version!r}")
+        if report.get("recovery") is not None:
+            raise UsageError(
+                f"{stored.source} was recovered, and its weights trained: audit the compressed "
+                "model that it was made from"
+            )
         try:
             values = dict(report["settings"])
             values["overrides"] = tuple(Override(**item) for item in values["overrides"])

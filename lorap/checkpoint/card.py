@@ -88,7 +88,7 @@ def model_card(
 | calibration | {tokens} of {calibration["source"]} |
 
 `{REPORT}` holds rank, width and error of every module.
-
+{_what_was_recovered(report)}
 ## Use
 
 With lorap installed:
@@ -188,6 +188,32 @@ Its factors are multiplied out, so that it loads anywhere, and is larger.
 | this model | {sizes["exported"]:,} |
 
 `{EXPORT}` says what was filled up with zeros. Versions: {versions}.
+"""
+
+
+def _what_was_recovered(report: Mapping[str, Any]) -> str:
+    """Return a section on the recovery; nothing where there was none."""
+    recovery = report.get("recovery")
+    if recovery is None:
+        return ""
+    merge, training = recovery["merge"], recovery["training"]
+    sizes = merge["parameters"]
+    trained = "LoRA updates"
+    if training is not None:
+        settings, data = training["settings"], training["data"]
+        trained += (
+            f" of rank {settings['rank']} on the {settings['on']}, trained on "
+            f"{data['training']:,} examples of {data['description']}"
+        )
+    how = {
+        "exact": "exactly: what the table says of the size is with them",
+        "same-size": "and cut back to the size that the compressed model had",
+    }[merge["mode"]]
+    return f"""
+## Recovery
+
+{trained}, were merged {how}. {sizes["before"]:,} parameters before, {sizes["after"]:,} after.
+`{REPORT}` has it under `recovery`; errors and ranks of its modules are those of the compression.
 """
 
 

@@ -68,6 +68,7 @@ def check_output(
     output: str | Path,
     *,
     overwrite: bool = False,
+    replaceable: bool = True,
     needed_bytes: int = 0,
     inputs: Sequence[Path] = (),
 ) -> Path:
@@ -80,6 +81,8 @@ def check_output(
     overwrite : bool
         Whether an existing one may be replaced: an empty folder, or a checkpoint of lorap that
         holds nothing else.
+    replaceable : bool
+        Whether `overwrite` can be asked for at all.
     needed_bytes : int
         Disk space that the checkpoint takes. A replaced one counts as well, since it stays until
         the new one is whole.
@@ -94,7 +97,7 @@ def check_output(
     """
     path = Path(os.path.expanduser(output)).resolve()
     try:
-        _check_existing(path, output, overwrite)
+        _check_existing(path, output, overwrite, replaceable)
         for given in inputs:
             if Path(os.path.expanduser(given)).resolve().is_relative_to(path):
                 raise UsageError(
@@ -163,13 +166,14 @@ def _empty(folder: Path) -> None:
             entry.unlink()
 
 
-def _check_existing(path: Path, output: str | Path, overwrite: bool) -> None:
+def _check_existing(path: Path, output: str | Path, overwrite: bool, replaceable: bool) -> None:
     if not path.exists():
         return
     if not path.is_dir():
         raise UsageError(f"{output}: expected a folder, got a file")
     if not overwrite:
-        raise UsageError(f"{output} exists already; --overwrite replaces it")
+        way_on = "--overwrite replaces it" if replaceable else "choose another folder"
+        raise UsageError(f"{output} exists already; {way_on}")
     if not any(path.iterdir()):
         return
     if not _is_own(path):

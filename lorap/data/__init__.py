@@ -1,6 +1,7 @@
 """Data for calibration and evaluation: reading a source, and choosing samples from it."""
 
 from lorap.data.calibration import Calibration, calibration_from_ids, load_calibration
+from lorap.data.instructions import Instruction
 from lorap.data.sources import (
     NAMED_SOURCES,
     HubSource,
@@ -14,6 +15,7 @@ __all__ = [
     "NAMED_SOURCES",
     "Calibration",
     "HubSource",
+    "Instruction",
     "NamedSource",
     "TextRows",
     "TokenIds",

@@ -1,12 +1,14 @@
 """Read the rows of text or the token ids that a SOURCE names.
 
-Calibration and perplexity share one grammar for a source:
+Calibration, perplexity and training share one grammar for a source:
 
 - a named set: a key of `NAMED_SOURCES`;
 - ``owner/name:split:field`` on the Hugging Face Hub; the split takes the slices of the `datasets`
-  library, such as ``train[:1000]``;
-- a local text file: ``.txt`` (its rows are the lines that are not blank), ``.jsonl`` or
-  ``.parquet`` (field ``text``, else ``messages``, or the field that is named);
+  library, such as ``train[:1000]``. For training ``owner/name:split`` and ``owner/name`` will do:
+  the split is ``train`` then, the field chosen as in a file;
+- a local text file: ``.txt`` (its rows are the lines that are not blank), ``.json``, ``.jsonl`` or
+  ``.parquet`` (field ``text``, else ``messages``, else ``instruction``, ``input`` and ``output``;
+  for training in the opposite order; or the field that is named);
 - a local file of token ids of shape (N, L): ``.npy`` or ``.safetensors``.
 """
 
@@ -15,7 +17,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
+from lorap.data.instructions import Instruction
 from lorap.errors import LorapError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -32,11 +35,19 @@ if TYPE_CHECKING:
 Messages: TypeAlias = list[dict[str, Any]]
 """The messages of one conversation, as a chat template takes them."""
 
-Row: TypeAlias = str | Messages
+Row: TypeAlias = str | Messages | Instruction
 
-SplitRole: TypeAlias = Literal["calibration", "evaluation"]
+Record: TypeAlias = Mapping[str, Any]
+"""A row of a table, by column."""
 
-DEFAULT_FIELDS = ("text", "messages")
+SplitRole: TypeAlias = Literal["calibration", "evaluation", "training"]
+
+_INSTRUCTION = "instruction with output"
+"""Stands for the fields ``instruction`` and ``output``, and ``input`` where there is one."""
+
+DEFAULT_FIELDS = ("text", "messages", _INSTRUCTION)
+"""Where no field is named, the first of these that a record has. Some sets of instructions hold
+each as one text as well, of which training could not tell the prompt from the response."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +60,8 @@ class HubSource:
         ``owner/name``.
     split : str
         Split, with the slice syntax of the `datasets` library.
-    field : str
-        Column that holds the text or the messages.
+    field : str or None
+        Column that holds the text or the messages; None for the first of those that are usual.
     config : str or None
         Configuration (subset) of the dataset.
     data_file : str or None
@@ -61,7 +72,7 @@ class HubSource:
 
     path: str
     split: str
-    field: str
+    field: str | None
     config: str | None = None
     data_file: str | None = None
     revision: str | None = None
@@ -69,7 +80,8 @@ class HubSource:
     def __str__(self) -> str:
         config = f" ({self.config})" if self.config else ""
         file = f", file {self.data_file}" if self.data_file else ""
-        return f"{self.path}{config}, split {self.split}{file}, field {self.field}"
+        field = f", field {self.field}" if self.field else ""
+        return f"{self.path}{config}, split {self.split}{file}{field}"
 
 
 @dataclass(frozen=True)
@@ -123,13 +135,13 @@ NAMED_SOURCES: Mapping[str, NamedSource] = MappingProxyType(
 
 @dataclass(frozen=True)
 class TextRows:
-    """Rows of text or chat messages.
+    """Rows of text, chat messages or instructions.
 
     Attributes
     ----------
     rows : sequence of Row
-        All text, or all messages of a conversation. Rows of the hub and of parquet files are read
-        when they are indexed.
+        All text, or all messages of a conversation, or all instructions. Rows of the hub and of
+        parquet files are read when they are indexed.
     source : str
         The source as it was given.
     description : str
@@ -144,7 +156,9 @@ class TextRows:
     split: str | None
 
     def render(self, index: int, tokenizer: "PreTrainedTokenizerBase") -> str:
-        """Return row `index` as text, chat messages through the tokenizer's chat template.
+        """Return row `index` as text.
+
+        Chat messages through the tokenizer's chat template, instructions in Alpaca's prompt.
 
         Raises
         ------
@@ -154,11 +168,39 @@ class TextRows:
         row = self.rows[index]
         if isinstance(row, str):
             return row
+        return row.text() if isinstance(row, Instruction) else self.chat(index, row, tokenizer)
+
+    def chat(
+        self,
+        index: int,
+        messages: Messages,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        reply_follows: bool = False,
+    ) -> str:
+        """Return messages of row `index` as text, through the tokenizer's chat template.
+
+        Parameters
+        ----------
+        index : int
+        messages : list of dict
+            The first messages of the row, or all.
+        tokenizer : PreTrainedTokenizerBase
+        reply_follows : bool
+            End with what the template writes before a message of the assistant.
+
+        Raises
+        ------
+        UsageError
+            If the tokenizer cannot render them.
+        """
         where = f"row {index} (counted from 0) of {self.source!r} holds chat messages"
         if getattr(tokenizer, "chat_template", None) is None:
             raise UsageError(f"{where}, but the model's tokenizer has no chat template")
         try:
-            text = tokenizer.apply_chat_template(row, tokenize=False)
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=reply_follows
+            )
         except Exception as error:  # a template may raise anything
             raise UsageError(
                 f"{where} that the tokenizer's chat template refuses: {first_line(error)}"
@@ -192,9 +234,9 @@ def read_source(
     source : str or path
         Named set, ``owner/name:split:field``, or local file.
     field : str, optional
-        Field of a ``.jsonl`` or ``.parquet`` file. By default ``text``, else ``messages``.
-    split_role : {"calibration", "evaluation"}
-        Which split of a named set is meant.
+        Field of a ``.json``, ``.jsonl`` or ``.parquet`` file.
+    split_role : {"calibration", "evaluation", "training"}
+        Which split of a named set is meant; for training that of calibration.
 
     Returns
     -------
@@ -215,20 +257,22 @@ def read_source(
     # Unlike Path.expanduser, this leaves the name of an unknown user as it is.
     path = Path(os.path.expanduser(source))
     reader = None if hub else _FILE_READERS.get(path.suffix.lower())
-    if field is not None and (hub is not None or reader not in (_read_jsonl, _read_parquet)):
+    with_fields = (_read_json, _read_jsonl, _read_parquet)
+    if field is not None and (hub is not None or reader not in with_fields):
         raise UsageError(
-            f"the field {field!r} cannot be chosen for {source!r}: a field is for .jsonl and "
-            ".parquet files (a hub source names it as its third part: owner/name:split:field)"
+            f"the field {field!r} cannot be chosen for {source!r}: a field is for .json, .jsonl "
+            "and .parquet files (a hub source names it as its third part: owner/name:split:field)"
         )
+    fields = DEFAULT_FIELDS[::-1] if split_role == "training" else DEFAULT_FIELDS
     if hub is not None:
-        return _read_hub(hub, source)
+        return _read_hub(hub, source, (hub.field,) if hub.field else fields)
     if reader is None:
-        raise UsageError(_unknown_source(source, path))
+        raise UsageError(_unknown_source(source, path, split_role))
     if not path.is_file():
         kind = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise UsageError(f"the data file {source!r} {kind}")
     try:
-        return reader(path, source, field)
+        return reader(path, source, fields if field is None else (field,))
     except OSError as error:
         raise UsageError(f"{source!r} cannot be read: {first_line(error)}") from error
 
@@ -236,7 +280,7 @@ def read_source(
 def _hub_source(source: str, split_role: SplitRole) -> HubSource | None:
     named = NAMED_SOURCES.get(source)
     if named is not None:
-        hub = named.calibration if split_role == "calibration" else named.evaluation
+        hub = named.evaluation if split_role == "evaluation" else named.calibration
         if hub is None:
             with_role = [name for name, entry in NAMED_SOURCES.items() if entry.evaluation]
             raise UsageError(
@@ -244,18 +288,30 @@ def _hub_source(source: str, split_role: SplitRole) -> HubSource | None:
                 + ", ".join(with_role)
             )
         return hub
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+):([^:\[\]]+(?:\[[^\[\]]*\])?):([^:\[\]]+)", source)
-    return HubSource(match[1], split=match[2], field=match[3]) if match else None
+    name, split, field = r"([\w.-]+/[\w.-]+)", r":([^:\[\]]+(?:\[[^\[\]]*\])?)", r":([^:\[\]]+)"
+    match = re.fullmatch(f"{name}{split}{field}", source)
+    if match is None and split_role == "training":
+        match = re.fullmatch(f"{name}(?:{split}(?:{field})?)?", source)
+        if match is not None and ":" not in source and _is_file_name(source):
+            return None
+    return HubSource(match[1], split=match[2] or "train", field=match[3]) if match else None
 
 
-def _unknown_source(source: str, path: Path) -> str:
+def _is_file_name(source: str) -> bool:
+    """Whether what could be a hub name is the name of a file: by its suffix, or one is there."""
+    path = Path(source)
+    return path.suffix.lower() in _FILE_READERS or path.exists()
+
+
+def _unknown_source(source: str, path: Path, split_role: SplitRole) -> str:
     problem = (
         f"{source!r} has a suffix that is not known"
         if path.is_file()
         else f"{source!r} is neither a named set nor a file that exists"
     )
+    hub = "owner/name or owner/name:split" if split_role == "training" else "owner/name:split:field"
     return (
-        f"{problem}: expected one of {', '.join(NAMED_SOURCES)}, owner/name:split:field on the "
+        f"{problem}: expected one of {', '.join(NAMED_SOURCES)}, {hub} on the "
         f"hub, or a local file ending in {', '.join(_FILE_READERS)}"
     )
 
@@ -263,9 +319,10 @@ def _unknown_source(source: str, path: Path) -> str:
 class _LazyRows(Sequence[Row]):
     """Rows that are fetched and checked when they are indexed."""
 
-    def __init__(self, count: int, value: Callable[[int], object], where: str) -> None:
+    def __init__(self, count: int, record: Callable[[int], Record], name: str, where: str) -> None:
         self._count = count
-        self._value = value
+        self._record = record
+        self._name = name
         self._where = where
 
     def __len__(self) -> int:
@@ -280,17 +337,39 @@ class _LazyRows(Sequence[Row]):
             return [self[i] for i in range(*index.indices(self._count))]
         if not 0 <= index < self._count:
             raise IndexError(index)
-        return _as_row(self._value(index), f"row {index} (counted from 0) of {self._where}")
+        where = f"row {index} (counted from 0) of {self._where}"
+        return _row_of(self._record(index), self._name, where)
+
+
+def _row_of(record: Record, name: str, where: str) -> Row:
+    """Return what a record holds under the name of a field, or under ``_INSTRUCTION``."""
+    if name != _INSTRUCTION:
+        return _as_row(record[name], where)
+    texts = {
+        field: _as_text(record[field], f"field {field!r} of {where}")
+        for field in ("instruction", "output")
+    }
+    given = record.get("input")
+    texts["input"] = "" if given is None else _as_text(given, f"field 'input' of {where}")
+    return Instruction(**texts)
+
+
+def _as_text(value: object, where: str) -> str:
+    """Return a text, or raise UsageError saying where it stands."""
+    if not isinstance(value, str):
+        found = "null" if value is None else f"a value of type {type(value).__name__}"
+        raise UsageError(f"{where} holds {found}; expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where} holds text that is not valid Unicode: {error}") from error
+    return value
 
 
 def _as_row(value: object, where: str) -> Row:
     """Return `value` as a row, or raise UsageError saying where it stands."""
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"{where} holds text that is not valid Unicode: {error}") from error
-        return value
+        return _as_text(value, where)
     is_messages = (
         isinstance(value, list)
         and len(value) > 0
@@ -327,63 +406,99 @@ def _lines(text: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def _read_txt(path: Path, source: str, field: str | None) -> TextRows:
+def _read_txt(path: Path, source: str, fields: Sequence[str]) -> TextRows:
     rows = [line for _, line in _lines(_read_text(path, source))]
     if not rows:
         raise UsageError(f"the data file {source!r} is empty: it holds only blank lines")
     return TextRows(rows, source, f"file {path.name}, lines that are not blank", None)
 
 
-def _read_jsonl(path: Path, source: str, field: str | None) -> TextRows:
-    rows: list[Row] = []
-    for number, line in _lines(_read_text(path, source)):
-        where = f"line {number} of {source!r}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{where} is not JSON: {first_line(error)}") from error
-        if not isinstance(record, dict):
-            raise UsageError(f"{where} holds a JSON {type(record).__name__}; expected an object")
-        name = _choose_field(record, field, where)
-        row = _as_row(record[name], f"field {name!r} in {where}")
-        if rows and isinstance(row, str) != isinstance(rows[0], str):
-            raise UsageError(
-                f"{where} mixes kinds: a file holds either text or chat messages on all its lines"
-            )
-        rows.append(row)
+def _read_jsonl(path: Path, source: str, fields: Sequence[str]) -> TextRows:
+    def records() -> Iterable[tuple[str, object]]:
+        for number, line in _lines(_read_text(path, source)):
+            where = f"line {number} of {source!r}"
+            try:
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"{where} is not JSON: {first_line(error)}") from error
+
+    rows = _rows_of_records(records(), fields)
     if not rows:
         raise UsageError(f"the data file {source!r} is empty: it holds only blank lines")
-    fields = f"field {field}" if field is not None else "field text or messages"
-    return TextRows(rows, source, f"file {path.name}, {fields}", None)
+    return TextRows(rows, source, f"file {path.name}, {_in_words(fields)}", None)
 
 
-def _choose_field(available: Mapping[str, object], field: str | None, where: str) -> str:
-    wanted = DEFAULT_FIELDS if field is None else (field,)
-    for name in wanted:
-        if name in available:
+def _read_json(path: Path, source: str, fields: Sequence[str]) -> TextRows:
+    try:
+        content = json.loads(_read_text(path, source))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{source!r} is not JSON: {first_line(error)}") from error
+    if not isinstance(content, list):
+        raise UsageError(
+            f"{source!r} holds a JSON {type(content).__name__}; expected an array of objects "
+            "(one object a line belongs into a .jsonl file)"
+        )
+    numbered = ((f"record {n} of {source!r}", record) for n, record in enumerate(content, start=1))
+    rows = _rows_of_records(numbered, fields)
+    if not rows:
+        raise UsageError(f"the data file {source!r} is empty: it holds no records")
+    return TextRows(rows, source, f"file {path.name}, {_in_words(fields)}", None)
+
+
+def _rows_of_records(records: Iterable[tuple[str, object]], fields: Sequence[str]) -> list[Row]:
+    """Return the rows of records, each given with where it stands; all must be of one kind."""
+    rows: list[Row] = []
+    for where, record in records:
+        if not isinstance(record, dict):
+            raise UsageError(f"{where} holds a JSON {type(record).__name__}; expected an object")
+        name = _choose_field(record, fields, where)
+        row = _row_of(record, name, where if name == _INSTRUCTION else f"field {name!r} in {where}")
+        if rows and type(row) is not type(rows[0]):
+            raise UsageError(
+                f"{where} mixes kinds: a file holds text, chat messages or instructions, the same "
+                "throughout"
+            )
+        rows.append(row)
+    return rows
+
+
+def _in_words(fields: Sequence[str]) -> str:
+    return f"field {' or '.join(fields)}"
+
+
+def _choose_field(available: Mapping[str, object], fields: Sequence[str], where: str) -> str:
+    """Return the first of the fields that a record has."""
+    for name in fields:
+        needed = ("instruction", "output") if name == _INSTRUCTION else (name,)
+        if all(field in available for field in needed):
             return name
-    expected = " or ".join(repr(name) for name in wanted)
+    expected = " or ".join(repr(name) for name in fields)
     present = ", ".join(repr(name) for name in available) or "none"
     raise UsageError(f"{where} has no field {expected}; its fields: {present}")
 
 
-def _read_parquet(path: Path, source: str, field: str | None) -> TextRows:
+def _read_parquet(path: Path, source: str, fields: Sequence[str]) -> TextRows:
     parquet = _import("pyarrow.parquet", "to read a .parquet file", "pyarrow")
     arrow = importlib.import_module("pyarrow")
     try:
         schema = parquet.read_schema(path)
-        name = _choose_field(dict.fromkeys(schema.names), field, repr(source))
-        column = parquet.read_table(path, columns=[name]).column(name)
+        name = _choose_field(dict.fromkeys(schema.names), fields, repr(source))
+        wanted = ["instruction", "input", "output"] if name == _INSTRUCTION else [name]
+        table = parquet.read_table(path, columns=[n for n in wanted if n in schema.names])
     except arrow.ArrowException as error:
         raise UsageError(f"{source!r} is not a parquet file: {first_line(error)}") from error
-    if len(column) == 0:
+    if table.num_rows == 0:
         raise UsageError(f"the data file {source!r} is empty: it holds no rows")
-    rows = _LazyRows(len(column), lambda index: column[index].as_py(), f"{source!r}, field {name}")
+
+    def record(index: int) -> Record:
+        return {column: table.column(column)[index].as_py() for column in table.column_names}
+
+    rows = _LazyRows(table.num_rows, record, name, f"{source!r}, field {name}")
     _ = rows[0]  # a column of another kind is refused at once
     return TextRows(rows, source, f"file {path.name}, field {name}", None)
 
 
-def _read_npy(path: Path, source: str, field: str | None) -> TokenIds:
+def _read_npy(path: Path, source: str, fields: Sequence[str]) -> TokenIds:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -396,7 +511,7 @@ def _read_npy(path: Path, source: str, field: str | None) -> TokenIds:
     return TokenIds(check_ids_array(ids, source), source)
 
 
-def _read_safetensors(path: Path, source: str, field: str | None) -> TokenIds:
+def _read_safetensors(path: Path, source: str, fields: Sequence[str]) -> TokenIds:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -446,8 +561,9 @@ def check_ids_array(ids: npt.NDArray[Any], source: str) -> npt.NDArray[np.intege
     return ids
 
 
-_FILE_READERS: Mapping[str, Callable[[Path, str, str | None], TextRows | TokenIds]] = {
+_FILE_READERS: Mapping[str, Callable[[Path, str, Sequence[str]], TextRows | TokenIds]] = {
     ".txt": _read_txt,
+    ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".npy": _read_npy,
@@ -478,7 +594,7 @@ def _load_hub_table(hub: HubSource) -> Sequence[Mapping[str, object]]:
     return table
 
 
-def _read_hub(hub: HubSource, source: str) -> TextRows:
+def _read_hub(hub: HubSource, source: str, fields: Sequence[str]) -> TextRows:
     try:
         table = _load_hub_table(hub)
         count = len(table)
@@ -492,7 +608,7 @@ def _read_hub(hub: HubSource, source: str) -> TextRows:
         ) from error
     if count == 0:
         raise UsageError(f"the data {source!r} ({hub}) is empty: it holds no rows")
-    name = _choose_field(available, hub.field, f"the data {source!r}")
-    rows = _LazyRows(count, lambda index: table[index][name], f"{source!r}, field {name}")
+    name = _choose_field(available, fields, f"the data {source!r}")
+    rows = _LazyRows(count, lambda index: table[index], name, f"{source!r}, field {name}")
     _ = rows[0]  # a column of another kind is refused at once
     return TextRows(rows, source, str(hub), hub.split)

@@ -204,21 +204,27 @@ class Decoder:
         return layer
 
     def store(
-        self, samples: Samples, config: CompressionConfig, folder: Path | None = None
+        self,
+        samples: Samples,
+        config: CompressionConfig | None = None,
+        folder: Path | None = None,
     ) -> Store:
         """Return where the hidden states wait between layers.
 
         Parameters
         ----------
         samples : Samples
-        config : CompressionConfig
-            Its ``activations``; a gradient needs the inputs of all layers at a time.
+        config : CompressionConfig, optional
+            Its ``activations``, by default "auto"; a gradient needs the inputs of all layers at a
+            time.
         folder : Path, optional
             For files; by default the system's folder of temporary ones.
         """
-        states = self.layers + 2 if config.measures_gradients else 2
+        gradients = config is not None and config.measures_gradients
+        states = self.layers + 2 if gradients else 2
         size = samples.input_ids.numel() * self.config.hidden_size * self.dtype.itemsize
-        place = choose_place(config.activations, states * size, self.device)
+        wanted = "auto" if config is None else config.activations
+        place = choose_place(wanted, states * size, self.device)
         return Store(place, self.device, folder)
 
     def embed(self, samples: Samples, store: Store) -> list[Batch]:
