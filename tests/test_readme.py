@@ -90,14 +90,15 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     examples = blocks("python")
     # The examples that load the result stand before the one that makes it.
     examples.sort(key=lambda code: '"llama-20"' in code and "compress_checkpoint" not in code)
-    assert sum('"llama-20"' in code for code in examples) == 3
+    assert sum('"llama-20"' in code for code in examples) == 4
     scopes: list[dict[str, Any]] = [{} for _ in examples]
     for code, scope in zip(examples, scopes, strict=True):
         exec(compile(code, "README.md", "exec"), scope)
     assert abs(scopes[0]["report"]["achieved_ratio"] - 0.2) < 0.02
     assert scopes[1]["smaller"].num_parameters() < scopes[1]["model"].num_parameters()
     reloaded = [scope["model"].num_parameters() for scope in scopes[2:]]
-    assert reloaded == [scopes[0]["report"]["parameters"]["after"]] * 2
+    assert reloaded == [scopes[0]["report"]["parameters"]["after"]] * 3
+    assert Path("llama-20-int8/model.safetensors").is_file()
 
 
 def test_the_table_of_sources_is_the_code_s() -> None:
