@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shlex
 import signal
@@ -902,7 +903,7 @@ def _parse_layers(text: str) -> list[int]:
 @app.command()
 def export(
     ctx: typer.Context,
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder that lorap compress wrote.")],
+    model: Annotated[str, typer.Argument(metavar="DIR", help="Folder that lorap compress wrote.")],
     output: Annotated[
         str, typer.Option(metavar="DIR", help="Folder to write; it appears when it is whole.")
     ],
@@ -937,7 +938,7 @@ def export(
     _quieten()
     with _stdout_kept(as_json), _progress("layers") as progress:
         report = lorap.export_dense(
-            folder,
+            model,
             output,
             pad=pad,
             overwrite=overwrite,
@@ -1002,17 +1003,17 @@ def _settings(ctx: typer.Context) -> tuple[CompressionConfig, dict[str, Any]]:
 
 def _quieten() -> None:
     """Keep the libraries' messages and bars out of the output: errors arrive as exceptions."""
-    import logging as standard_logging
+    # Before transformers is imported, which imports torchao where it is installed.
+    for name in ("lm_eval", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as transformers
 
     untyped: tuple[Any, Any] = (hub, transformers)
-    for logging in untyped:
-        logging.set_verbosity_error()
+    for library in untyped:
+        library.set_verbosity_error()
     untyped[1].disable_progress_bar()
-    logging_of_lm_eval = standard_logging.getLogger("lm_eval")
-    logging_of_lm_eval.setLevel(standard_logging.ERROR)
 
 
 def _stdout_kept(needed: bool) -> contextlib.AbstractContextManager[Any]:

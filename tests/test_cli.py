@@ -25,6 +25,7 @@ import lorap
 from lorap import cli
 from lorap.config import RUN_OPTIONS, CompressionConfig
 from lorap.data import NAMED_SOURCES
+from lorap.wording import spans
 from tests.tiny_models import save_tiny_checkpoint
 
 COMMANDS: dict[str, Any] = get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -67,7 +68,7 @@ def compress(model: Path, ids: Path, output: Path, *words: object) -> Any:
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-@pytest.mark.parametrize("command", [None, "plan", "compress", "evaluate", "demo"])
+@pytest.mark.parametrize("command", [None, "plan", "compress", "evaluate", "export", "demo"])
 def test_help_everywhere(command: str | None, flag: str) -> None:
     shown = run(*([command] if command else []), flag).stdout
     if command is None:
@@ -194,7 +195,7 @@ def test_counts_and_times_in_words() -> None:
         "1 h 0 min",
         "2 h 1 min",
     ]
-    assert cli._spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
 
 
 # --- compress -------------------------------------------------------------------------------------
@@ -376,7 +377,7 @@ def test_evaluation_of_original_and_compressed(model: Path, ids: Path, tmp_path:
     values = []
     for folder in (model, tmp_path / "o"):
         result = run("evaluate", folder, *words, "--json")
-        report = json.loads(result.stdout)
+        report = json.loads(result.stdout)["perplexity"]
         assert (report["tokens"], report["chunks"], report["seqlen"]) == (56, 8, 8)
         values.append(report["perplexity"])
         shown = run("evaluate", folder, *words).stdout
@@ -390,15 +391,15 @@ def test_evaluation_of_original_and_compressed(model: Path, ids: Path, tmp_path:
 def test_what_a_model_s_own_code_prints_stays_off_stdout(
     model: Path, ids: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = lorap.evaluate_perplexity
+    real = lorap.evaluate
 
     def noisy(*args: Any, **kwargs: Any) -> Any:
         print("noise")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(lorap, "evaluate_perplexity", noisy, raising=False)
+    monkeypatch.setattr(lorap, "evaluate", noisy, raising=False)
     result = run("evaluate", model, "--perplexity", ids, "--seqlen", 8, "--json")
-    assert json.loads(result.stdout)["chunks"] == 8
+    assert json.loads(result.stdout)["perplexity"]["chunks"] == 8
     assert "noise" in result.stderr
 
 
@@ -412,7 +413,7 @@ def test_a_tilde_is_the_home_folder(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content | {"calibration": "~/ids.npy"}))
     run("compress", "~/model", "--config", "~/recipe.yaml")
     report = run("evaluate", "~/o", "--perplexity", "~/ids.npy", "--seqlen", 8, "--json").stdout
-    assert json.loads(report)["chunks"] == 8
+    assert json.loads(report)["perplexity"]["chunks"] == 8
     assert (tmp_path / "o" / "config.json").is_file()
 
 

@@ -265,7 +265,9 @@ def test_the_language_model_of_a_llava(tmp_path: Path) -> None:
 
 
 @pytest.mark.spec("export.dense")
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "olmo2", "smollm3"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3"]
+)
 def test_biases_have_a_place_where_the_family_has_one(model_type: str, tmp_path: Path) -> None:
     structure: Structure = [{"self_attn.q_proj": {"rank": 5, "bias": True}}, {}, {}]
     model = save_compressed(tmp_path / "small", model_type, structure)
@@ -297,14 +299,15 @@ def test_biases_without_a_place_are_refused(
     assert not (tmp_path / "dense").exists()
 
 
-def test_a_bias_of_both_blocks_of_llama(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "smollm3"])
+def test_a_bias_in_both_blocks(model_type: str, tmp_path: Path) -> None:
     structure: Structure = [{}, {"mlp.up_proj": {"bias": True}}, {"self_attn.o_proj": {"rank": 4}}]
     structure[2]["self_attn.o_proj"]["bias"] = True
-    model = save_compressed(tmp_path / "small", "llama", structure)
+    model = save_compressed(tmp_path / "small", model_type, structure)
     export_dense(tmp_path / "small", tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
     assert (dense.config.attention_bias, dense.config.mlp_bias) == (True, True)
-    torch.testing.assert_close(logits(dense), logits(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(dense), logits(model), rtol=1e-3, atol=1e-3)
 
 
 # What is refused, and what is left

@@ -27,9 +27,14 @@ from lorap.data import HubSource, sources
 from lorap.errors import LorapError, UsageError
 from lorap.evaluation import (
     EvaluationProtocol,
+    Window,
+    evaluate,
     evaluate_perplexity,
     load_evaluation_chunks,
+    load_evaluation_documents,
     perplexity,
+    rolling_perplexity,
+    rolling_windows,
 )
 from lorap.evaluation.likelihood import default_batch_size
 from lorap.runtime import choose_device
@@ -218,6 +223,105 @@ def test_default_batch_size(seqlen: int, vocabulary: int, expected: int) -> None
 def test_bad_arguments_of_perplexity(chunks: Tensor, batch_size: int | None, fragment: str) -> None:
     with pytest.raises(UsageError, match=fragment):
         perplexity(tiny_model(), chunks, batch_size=batch_size)
+
+
+# --- documents, window by window ------------------------------------------------------------------
+
+
+@pytest.mark.spec("evaluation.rolling")
+@pytest.mark.parametrize(
+    ("tokens", "seqlen", "expected"),
+    [
+        (0, 4, []),
+        (1, 4, [([0, 1], 1)]),
+        (4, 4, [([0, 1, 2, 3, 4], 4)]),
+        (5, 4, [([0, 1, 2, 3, 4], 4), ([1, 2, 3, 4, 5], 1)]),
+        (3, 1, [([0, 1], 1), ([1, 2], 1), ([2, 3], 1)]),
+    ],
+)
+def test_windows_of_a_document(
+    tokens: int, seqlen: int, expected: list[tuple[list[int], int]]
+) -> None:
+    windows = list(rolling_windows(np.arange(1, tokens + 1), 0, seqlen))
+    assert [(window.ids.tolist(), window.targets) for window in windows] == expected
+
+
+@pytest.mark.spec("evaluation.rolling")
+@pytest.mark.parametrize("batch_size", [1, 2, 3, None])
+def test_windows_of_any_length_agree_with_a_naive_loop(batch_size: int | None) -> None:
+    model, generator = tiny_model().double(), np.random.default_rng(0)
+    documents = [generator.integers(2, VOCABULARY, count) for count in (3, 17, 1, 8, 9, 30)]
+    windows = [w for document in documents for w in rolling_windows(document, 0, 8)]
+    losses = []
+    for document in documents:
+        stream = [0, *document.tolist()]
+        for start in range(0, len(document), 8):
+            end = min(start + 8, len(document))
+            seen = stream[max(0, end - 8) : end]
+            with torch.no_grad():
+                scores = model(torch.tensor([seen])).logits[0].log_softmax(dim=-1)
+            for position in range(start + 1, end + 1):
+                losses.append(-float(scores[position - end - 1, stream[position]]))
+    steps: list[tuple[int, int]] = []
+    result = rolling_perplexity(
+        model, windows, batch_size=batch_size, progress=lambda n, of: steps.append((n, of))
+    )
+    assert result.tokens == len(losses) == 68
+    assert result.mean_nll == pytest.approx(math.fsum(losses) / 68, rel=1e-12)
+    assert (result.chunks, result.seqlen) == (len(windows), 8)
+    assert (steps[0], steps[-1]) == ((0, len(windows)), (len(windows), len(windows)))
+
+
+def test_windows_that_cannot_be_scored() -> None:
+    with pytest.raises(UsageError, match="at least one window"):
+        rolling_perplexity(tiny_model(), [])
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = math.nan
+    windows = [Window(np.array(ids), 2) for ids in ([1, 2, 3], [1, 7, 3], [1, 2, 3, 4])]
+    with pytest.raises(LorapError, match="loss of window 1 "):
+        rolling_perplexity(model, windows)
+
+
+def documents(path: Path, text: str, **options: Any) -> tuple[list[Window], EvaluationProtocol]:
+    path.write_text(text)
+    options = {"vocab_size": VOCABULARY, "max_positions": 64, "seqlen": 4} | options
+    return load_evaluation_documents(path, tokenizer=options.pop("tokenizer"), **options)
+
+
+@pytest.mark.spec("evaluation.rolling")
+def test_each_row_is_a_document_without_special_tokens(tmp_path: Path) -> None:
+    # The tokenizer adds a BOS by itself; it is shown once, and not scored.
+    windows, protocol = documents(
+        tmp_path / "a.txt", "w1 w2 w3 w4 w5\n\nw6\n", tokenizer=word_tokenizer
+    )
+    assert [(window.ids.tolist(), window.targets) for window in windows] == [
+        ([0, 3, 4, 5, 6], 4),
+        ([3, 4, 5, 6, 7], 1),
+        ([0, 8], 1),
+    ]
+    assert protocol.sentence.startswith("2 documents, each tokenised without special tokens")
+    unsure = word_tokenizer()
+    unsure.bos_token = None
+    unsure.eos_token = "w9"
+    windows, _ = documents(tmp_path / "a.txt", "w1", tokenizer=lambda: unsure)
+    assert windows[0].ids.tolist() == [11, 3]
+    unsure.eos_token = None
+    with pytest.raises(UsageError, match="expected a tokenizer with a BOS or EOS"):
+        documents(tmp_path / "a.txt", "w1", tokenizer=lambda: unsure)
+    with pytest.raises(UsageError, match=r"id 49 at row 0, position 0 .* of row 0 of"):
+        documents(tmp_path / "a.txt", "w47", tokenizer=word_tokenizer, vocab_size=49)
+
+
+def test_the_window_is_by_default_all_that_the_model_takes(checkpoint: Path, text: Path) -> None:
+    found = evaluate(checkpoint, perplexity=text, rolling=True, device="cpu").perplexity
+    assert found is not None
+    # Rows of three words.
+    assert (found.seqlen, found.tokens, found.chunks) == (3, 150, 50)
+    text.write_text(" ".join(["w1"] * 65))
+    found = evaluate(checkpoint, perplexity=text, rolling=True, device="cpu").perplexity
+    assert found is not None
+    assert (found.seqlen, found.tokens, found.chunks) == (64, 65, 2)
 
 
 # --- the chunks -----------------------------------------------------------------------------------

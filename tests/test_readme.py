@@ -94,7 +94,7 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     # The examples that load the result stand before the one that makes it.
     examples.sort(key=lambda code: '"llama-20"' in code and "compress_checkpoint" not in code)
     examples.sort(key=lambda code: "llama-20-adapter" in code)
-    assert sum('"llama-20"' in code for code in examples) == 4
+    assert sum('"llama-20"' in code for code in examples) == 5
     scopes: list[dict[str, Any]] = [{} for _ in examples]
     for code, scope in zip(examples, scopes, strict=True):
         if "llama-20-adapter" in code:
@@ -105,12 +105,13 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert abs(scopes[0]["report"]["achieved_ratio"] - 0.2) < 0.02
     assert scopes[1]["smaller"].num_parameters() < scopes[1]["model"].num_parameters()
     size = scopes[0]["report"]["parameters"]["after"]
-    assert [scope["model"].num_parameters() for scope in scopes[2:4]] == [size] * 2
-    assert len(scopes) == 5
-    assert isinstance(scopes[4]["model"], peft.PeftModel)
+    assert len(scopes) == 6
+    assert [scope["model"].num_parameters() for scope in scopes[2:5]] == [size] * 3
+    assert Path("llama-20-int8/model.safetensors").is_file()
+    assert isinstance(scopes[5]["model"], peft.PeftModel)
     # A and B of rank 8: of each projection, the widths of its input and its output.
-    projections = [(32, 32)] * 4 + [(32, scopes[4]["model"].base_model.model.config.width(0))] * 3
-    updates = scopes[4]["model"].num_parameters() - size
+    projections = [(32, 32)] * 4 + [(32, scopes[5]["model"].base_model.model.config.width(0))] * 3
+    updates = scopes[5]["model"].num_parameters() - size
     assert updates == 3 * 8 * sum(map(sum, projections))
 
 

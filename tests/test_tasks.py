@@ -29,13 +29,6 @@ from tests.tiny_models import save_tiny_checkpoint, tiny_tokenizer
 
 pytest.importorskip("lm_eval")
 
-# Of lm-eval and of what it imports.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
-    pytest.mark.filterwarnings("ignore::SyntaxWarning"),
-]
-
 CHOICES = {
     "output_type": "multiple_choice",
     "validation_split": "validation",
