@@ -9,7 +9,7 @@ MUTANTS ?= --jobs 2
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test test-full mutants lint types spec clean
+.PHONY: help demo test test-full docs mutants lint types spec clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ test: lint types ## all that a change must pass
 test-full: lint types ## the long tests too, and the older transformers
 	HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	bash tests/with_transformers.sh 4.57 $(PYTHON)
+
+docs: $(INSTALLED) ## build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 mutants: $(INSTALLED) ## change the math in every small way: do the tests notice?
 	$(BIN)/python -m parity_tests.mutation $(MUTANTS)

@@ -315,7 +315,7 @@ _Seqlen = Annotated[
 _Seed = Annotated[int | None, typer.Option(help="Seed of the choice of samples.", show_default="0")]
 _BatchSize = Annotated[
     int | None,
-    typer.Option(help="Samples in one forward.", show_default="about 8192 tokens"),
+    typer.Option(help="Samples in one forward.", show_default="about 2048 tokens, 8192 on a GPU"),
 ]
 _Device = Annotated[
     str | None,

@@ -152,6 +152,9 @@ def test_a_product_by_hand() -> None:
     # but 256 + 1 + 1 is 258, and 256 where each sum is rounded.
     ones = torch.tensor([[256.0, 1.0, 1.0]], dtype=torch.bfloat16)
     assert multiplied_out(ones, torch.ones(3, 1, dtype=torch.bfloat16)).tolist() == [[258.0]]
+    # Of two dtypes, the wider one is what is computed in.
+    found = multiplied_out(ones.double(), torch.full((3, 1), 1 + 2.0**-20))
+    assert found.tolist() == [[258.0 * (1 + 2.0**-20)]]
 
 
 @pytest.mark.spec("export.dense")

@@ -19,8 +19,9 @@ from lorap.pipeline.activations import Store, choose_place
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-TOKENS_PER_BATCH = 8192
-"""Tokens in a calibration forward where the user gives no batch size."""
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
+"""Tokens in a calibration forward where the user gives no batch size, by the kind of device: as
+many as keep it busy."""
 
 
 class Batch:
@@ -99,7 +100,7 @@ class Samples:
     mask : (N, L) Tensor or None
         Nonzero where a token counts.
     batch_size : int or None
-        Samples in a forward; None takes about ``TOKENS_PER_BATCH`` tokens.
+        Samples in a forward; None takes about as many tokens as ``TOKENS_PER_BATCH`` says.
     """
 
     input_ids: Tensor
@@ -112,7 +113,8 @@ class Samples:
 
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield ids and mask of each forward, on a device."""
-        size = self.batch_size or max(1, TOKENS_PER_BATCH // self.input_ids.shape[1])
+        tokens = TOKENS_PER_BATCH[device.type]
+        size = self.batch_size or max(1, tokens // self.input_ids.shape[1])
         for start in range(0, self.input_ids.shape[0], size):
             part = slice(start, start + size)
             mask = None if self.mask is None else self.mask[part].to(device)
