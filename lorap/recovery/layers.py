@@ -57,6 +57,8 @@ class FactoredLora(lora.Linear):
                 f"init_lora_weights={config.init_lora_weights!r} starts from the weight of the "
                 "linear, and a factored linear has none: expected True or 'gaussian'"
             )
+        if config.use_dora:
+            raise ValueError("use_dora=True: a factored linear has plain LoRA alone")
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     @property

@@ -99,9 +99,8 @@ class Run:
         for step in sorted(found, reverse=True):
             # The Trainer writes it last.
             with contextlib.suppress(OSError, ValueError):
-                state = json.loads((found[step] / "trainer_state.json").read_text("utf-8"))
-                if state["global_step"] == step:
-                    return found[step]
+                json.loads((found[step] / "trainer_state.json").read_text("utf-8"))
+                return found[step]
         return None
 
     def best(self) -> tuple[int, float] | None:
