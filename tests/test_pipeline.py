@@ -166,10 +166,11 @@ def test_a_mask_of_another_shape_is_refused() -> None:
         lorap.compress(tiny_model(), config(), calibration=IDS, attention_mask=torch.ones(8, 3))
 
 
-@pytest.mark.spec("stats.sum-of-squares")
-def test_the_batch_size_changes_rounding_at_most() -> None:
+@pytest.mark.spec("stats.sum-of-squares", "algorithm.scores", "mgaa.measure")
+@pytest.mark.parametrize("options", [{}, {"importance": "taylor"}, {"allocation": "mgaa"}])
+def test_the_batch_size_changes_rounding_at_most(options: dict[str, Any]) -> None:
     model = tiny_model()
-    settings = {"dtype": "float64", "ratio": 0.4}
+    settings = {"dtype": "float64", "ratio": 0.4, **options}
     whole = lorap.compress(model, config(**settings), calibration=IDS).state_dict()
     for size in (1, 3):
         parts = lorap.compress(
