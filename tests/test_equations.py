@@ -1259,3 +1259,11 @@ def test_products_are_those_of_doubles(side: Side) -> None:
     """0.29 * 100 is 28.999999999999996, and (0.57 + 0.01) * 100 is 57.99999999999999."""
     assert side("budget.removed_band", 100, 0.57, 0.29) == (28, int((0.57 + 0.29) * 100))
     assert side("budget.removed_band", 100, 0.57, 0.01) == (1, 57)
+
+
+@pytest.mark.spec("mgaa.similarity")
+def test_features_of_all_sizes_have_a_cosine(side: Side) -> None:
+    """Divided by the largest of a token no square overflows; by the smallest it would."""
+    token = [[1e-200, 1e200]]
+    assert side("mgaa.cosine_sum", token, token) == 1
+    assert side("mgaa.cosine_sum", token, [[1e200, 1e-200]]) < 1e-300
