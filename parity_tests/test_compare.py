@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lorap_reference import budget, heads, importance, llama, lowrank, mgaa, pca, statistics
@@ -343,6 +343,9 @@ def test_recording_leaves_the_outer_collector_alone(aside: compare.Collector) ->
 
 # Bounds, on inputs that are off
 
+few = settings(max_examples=max(10, settings().max_examples // 8))
+"""What is past a bound is so on any input."""
+
 
 def refuses(check: Callable[[float], Any], times: float = PAST) -> None:
     """Assert that a comparison passes with the input as it is and fails with it off."""
@@ -352,6 +355,7 @@ def refuses(check: Callable[[float], Any], times: float = PAST) -> None:
 
 
 @pytest.mark.refuses("weight_importance")
+@few
 @given(problem=own.problems(("positive", "outlier")), eps=epsilons)
 def test_norms_that_are_off_change_scores_past_their_bound(
     problem: own.Problem, eps: float
@@ -371,6 +375,7 @@ def test_norms_that_are_off_change_scores_past_their_bound(
 
 
 @pytest.mark.refuses("root")
+@few
 @given(x=own.norm_vectors(5, ("positive", "equal")))
 def test_norms_that_are_off_change_their_roots_past_their_bound(x: own.Array) -> None:
     bound = tolerances.root()
@@ -385,6 +390,7 @@ def test_norms_that_are_off_change_their_roots_past_their_bound(x: own.Array) ->
 
 
 @pytest.mark.refuses("positive_sum", "root_of_positive_sum", "scaled_norms")
+@few
 @given(count=st.integers(1, 200), seed=own.seeds)
 def test_a_token_that_is_off_changes_sums_past_their_bound(count: int, seed: int) -> None:
     """One token of many takes the whole of the deviation."""
@@ -411,6 +417,7 @@ def test_a_token_that_is_off_changes_sums_past_their_bound(count: int, seed: int
 
 
 @pytest.mark.refuses("channel_importance", "group_importance", "half")
+@few
 @given(ffn=own.channels(), eps=epsilons, aggregation=own.aggregations)
 def test_weights_that_are_off_change_scores_past_their_bound(
     ffn: own.Channels, eps: float, aggregation: importance.Aggregation
@@ -449,6 +456,7 @@ def test_weights_that_are_off_change_scores_past_their_bound(
 
 
 @pytest.mark.refuses("weighted_error")
+@few
 @given(problem=own.problems(("positive", "outlier")), eps=epsilons, seed=own.seeds)
 def test_a_scale_that_is_off_changes_the_error_past_its_bound(
     problem: own.Problem, eps: float, seed: int
@@ -469,6 +477,7 @@ def test_a_scale_that_is_off_changes_the_error_past_its_bound(
 
 
 @pytest.mark.refuses("low_rank_apply")
+@few
 @given(sides=st.tuples(own.sides(), own.sides(), own.sides()), eps=epsilons, seed=own.seeds)
 def test_an_input_that_is_off_changes_the_output_past_its_bound(
     sides: tuple[int, int, int], eps: float, seed: int
@@ -506,6 +515,7 @@ def turned(A: own.Array, r: int, angle: float) -> own.Array:
 
 
 @pytest.mark.refuses("svd_product", "awsvd_product")
+@few
 @given(data=st.data(), eps=epsilons)
 def test_a_weight_that_is_turned_changes_the_product_past_its_bound(
     data: st.DataObject, eps: float
@@ -540,6 +550,7 @@ def test_a_weight_that_is_turned_changes_the_product_past_its_bound(
 
 
 @pytest.mark.refuses("tail_root", "rival")
+@few
 @given(data=st.data(), eps=epsilons)
 def test_a_tail_that_is_off_is_past_its_bound(data: st.DataObject, eps: float) -> None:
     W, scale, r = cut_problem(data)
@@ -573,6 +584,7 @@ def test_a_tail_that_is_off_is_past_its_bound(data: st.DataObject, eps: float) -
 
 
 @pytest.mark.refuses("orthonormality", "full_rank", "full_column_rank", "stored")
+@few
 @given(data=st.data(), eps=st.sampled_from((EPS32, 2.0**-7, 2.0**-10)))
 def test_factors_that_are_off_are_past_their_bounds(data: st.DataObject, eps: float) -> None:
     W, scale, _ = cut_problem(data)
@@ -606,6 +618,7 @@ def test_factors_that_are_off_are_past_their_bounds(data: st.DataObject, eps: fl
 
 
 @pytest.mark.refuses("retained_energy")
+@few
 @given(size=st.integers(1, 20))
 def test_singular_values_that_are_off_change_the_energy_past_its_bound(size: int) -> None:
     """Half of the energy before the cut: a relative change of it counts for half."""
@@ -621,6 +634,7 @@ def test_singular_values_that_are_off_change_the_energy_past_its_bound(size: int
 
 
 @pytest.mark.refuses("share", "band")
+@few
 @given(exponent=st.integers(3, 12), data=st.data())
 def test_a_ratio_that_is_off_gives_ranks_and_bands_past_the_slack(
     exponent: int, data: st.DataObject
@@ -655,6 +669,7 @@ def test_a_ratio_that_is_off_gives_ranks_and_bands_past_the_slack(
 
 
 @pytest.mark.refuses("inner", "output_moment")
+@few
 @given(sides=st.tuples(own.sides(), own.sides(), own.sides()), seed=own.seeds)
 def test_moments_that_are_off_are_past_their_bounds(sides: tuple[int, int, int], seed: int) -> None:
     """Of one sign, where the sum of the magnitudes is the sum itself."""
@@ -681,6 +696,7 @@ def test_moments_that_are_off_are_past_their_bounds(sides: tuple[int, int, int],
 
 
 @pytest.mark.refuses("quotient", "magnitude_scale", "scaled_magnitudes")
+@few
 @given(count=st.integers(1, 200), alpha=st.sampled_from((0.25, 0.5, 1.0, 2.0)), seed=own.seeds)
 def test_magnitudes_that_are_off_change_means_and_scales_past_their_bounds(
     count: int, alpha: float, seed: int
@@ -713,6 +729,7 @@ def test_magnitudes_that_are_off_change_means_and_scales_past_their_bounds(
 
 
 @pytest.mark.refuses("taylor_importance")
+@few
 @given(problem=own.problems(("positive",)), eps=epsilons, seed=own.seeds)
 def test_a_gradient_that_is_off_changes_scores_past_their_bound(
     problem: own.Problem, eps: float, seed: int
@@ -731,6 +748,7 @@ def test_a_gradient_that_is_off_changes_scores_past_their_bound(
 
 
 @pytest.mark.refuses("head_scores")
+@few
 @given(mha=own.heads(), aggregation=own.aggregations)
 def test_weights_that_are_off_change_the_scores_of_heads_past_their_bound(
     mha: own.Heads, aggregation: importance.Aggregation
@@ -760,6 +778,7 @@ def regular(data: st.DataObject) -> own.OutputProblem:
 @pytest.mark.refuses(
     "centred_moment", "centred_moment_of", "scaled_centred_moment", "moved_tokens", "through"
 )
+@few
 @given(data=st.data())
 def test_a_moment_that_is_off_changes_the_centred_one_past_its_bound(data: st.DataObject) -> None:
     problem = regular(data)
@@ -807,6 +826,7 @@ def test_a_direction_that_is_turned_loses_more_than_the_contract_allows(
 
 
 @pytest.mark.refuses("eigenvalues", "square_of_singular_values")
+@few
 @given(data=st.data())
 def test_a_moment_that_is_off_changes_eigenvalues_past_their_bounds(data: st.DataObject) -> None:
     problem = regular(data)
@@ -825,6 +845,7 @@ def test_a_moment_that_is_off_changes_eigenvalues_past_their_bounds(data: st.Dat
 
 
 @pytest.mark.refuses("pca_product", "whitened_product")
+@few
 @given(data=st.data())
 def test_a_weight_that_is_turned_changes_the_product_by_outputs_past_its_bound(
     data: st.DataObject,
@@ -859,6 +880,7 @@ def test_a_weight_that_is_turned_changes_the_product_by_outputs_past_its_bound(
 
 
 @pytest.mark.refuses("output_error", "rounded_product", "least_error", "rival_output_error")
+@few
 @given(data=st.data(), eps=epsilons)
 def test_weights_that_are_off_change_output_errors_past_their_bounds(
     data: st.DataObject, eps: float
@@ -916,6 +938,7 @@ def test_weights_that_are_off_change_output_errors_past_their_bounds(
 
 
 @pytest.mark.refuses("afm_bias")
+@few
 @given(data=st.data(), eps=epsilons)
 def test_tokens_that_are_moved_change_the_bias_past_its_bound(
     data: st.DataObject, eps: float
@@ -945,6 +968,7 @@ def test_tokens_that_are_moved_change_the_bias_past_its_bound(
 
 
 @pytest.mark.refuses("central_difference")
+@few
 @given(at=st.floats(-1, 1), step=st.floats(1e-4, 1e-2), spread=st.floats(0, 1e-15))
 def test_a_slope_elsewhere_is_past_the_bound_of_a_central_difference(
     at: float, step: float, spread: float
@@ -960,6 +984,7 @@ def test_a_slope_elsewhere_is_past_the_bound_of_a_central_difference(
 
 
 @pytest.mark.refuses("cosine_sum")
+@few
 @given(count=st.integers(1, 100), features=own.sides(2), seed=own.seeds)
 def test_a_token_that_is_turned_changes_the_cosines_past_their_bound(
     count: int, features: int, seed: int
@@ -985,6 +1010,7 @@ def test_a_token_that_is_turned_changes_the_cosines_past_their_bound(
 
 
 @pytest.mark.refuses("standard_scores")
+@few
 @given(similarities=own.similarities())
 def test_a_similarity_that_is_off_changes_standard_scores_past_their_bound(
     similarities: list[float],
@@ -1008,6 +1034,7 @@ def test_a_similarity_that_is_off_changes_standard_scores_past_their_bound(
 
 
 @pytest.mark.refuses("highest_ratio", "ratios", "rank_floor")
+@few
 @given(target=st.floats(0.1, 0.9), exponent=st.integers(4, 12), data=st.data())
 def test_a_target_that_is_off_changes_ratios_and_floors_past_their_bounds(
     target: float, exponent: int, data: st.DataObject
@@ -1053,6 +1080,7 @@ def test_a_target_that_is_off_changes_ratios_and_floors_past_their_bounds(
     refuses(lambda times: compare.within("q", over(times), float(slip)))
 
 
+@few
 @given(model=own.small_llamas(), seed=own.seeds)
 def test_an_input_of_a_layer_that_is_off_is_past_the_bounds_of_the_forward(
     model: own.SmallLlama, seed: int
@@ -1076,6 +1104,7 @@ def test_an_input_of_a_layer_that_is_off_is_past_the_bounds_of_the_forward(
 
 
 @pytest.mark.refuses("measured_condition")
+@few
 @given(model=own.small_llamas(), seed=own.seeds)
 def test_embeddings_that_are_off_change_logits_past_their_bound(
     model: own.SmallLlama, seed: int
@@ -1096,6 +1125,7 @@ def test_embeddings_that_are_off_change_logits_past_their_bound(
     refuses(lambda times: compare.close("q", logits(times * size), expected, bound))
 
 
+@few
 @given(X=own.tokens().filter(lambda X: X.any()), size=st.floats(1e-9, 1e-6))
 def test_tokens_that_are_off_are_past_the_bound_of_their_norms(X: own.Array, size: float) -> None:
     bound = rounding.norm_bounds(X, size * np.abs(X))
@@ -1107,6 +1137,7 @@ def test_tokens_that_are_off_are_past_the_bound_of_their_norms(X: own.Array, siz
     )
 
 
+@few
 @given(problem=own.problems(("positive", "equal")))
 def test_errors_of_norms_past_their_bounds_are_past_the_weighted_bound(
     problem: own.Problem,

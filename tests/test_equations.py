@@ -81,11 +81,48 @@ def test_no_token_and_no_feature(side: Side) -> None:
     assert side("statistics.sum_of_squares", np.zeros((2, 0))).shape == (0,)
 
 
-@pytest.mark.spec("stats.sum-of-squares")
-def test_sums_stay_where_the_inputs_are() -> None:
-    from lorap.ops.statistics import sum_of_squares
+X32 = torch.tensor(X, dtype=torch.float32)
 
-    assert sum_of_squares(torch.ones(3, 2, device="meta")).device.type == "meta"
+
+@pytest.mark.spec(
+    "stats.sum-of-squares",
+    "stats.magnitudes",
+    "stats.sum",
+    "stats.second-moment",
+    "heads.group",
+    "wanda.mask",
+    "lowrank.svd",
+    "pca.product",
+    "afm.product",
+    "mgaa.similarity",
+)
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("statistics.sum_of_squares", (X32,)),
+        ("statistics.sum_of_magnitudes", (X32,)),
+        ("statistics.token_sum", (X32,)),
+        ("statistics.second_moment", (X32,)),
+        ("heads.head_rows", (torch.tensor([1]), 6, 2)),
+        ("wanda.wanda_mask", (X32, 0.5)),
+        ("lowrank.svd_low_rank", (X32, 2)),
+        ("pca.pca", (X32, X32.T @ X32, 2)),
+        ("pca.afm", (X32, X32.T @ X32, X32.sum(0), 2, 2)),
+        ("mgaa.cosine_sum", (X32, X32)),
+    ],
+)
+def test_new_tensors_are_made_where_the_inputs_are(
+    function: str, arguments: tuple[Any, ...]
+) -> None:
+    """And not on the default device, which here is one without memory."""
+    module, name = function.split(".")
+    operation = getattr(importlib.import_module(f"lorap.ops.{module}"), name)
+    expected = operation(*arguments)
+    with torch.device("meta"):
+        answer = operation(*arguments)
+    parts = answer if isinstance(answer, tuple) else (answer,)
+    for part, other in zip(parts, expected if len(parts) > 1 else (expected,), strict=True):
+        assert part == other if isinstance(part, float) else torch.equal(part, other)
 
 
 @pytest.mark.spec("stats.norm")
@@ -349,6 +386,13 @@ def test_head_scores_by_loops(side: Side, aggregation: str) -> None:
     assert close(side("heads.head_scores", q, k, v, o, kv_heads, aggregation), expected)
 
 
+@pytest.mark.spec("heads.scores", "importance.group-scores")
+def test_scores_are_l2_norms_where_nothing_is_said(side: Side) -> None:
+    ones, one = np.ones((2, 4)), np.ones((1, 4))
+    assert side("importance.group_scores", ones, ones, ones.T).tolist() == [2 + 2 + 2] * 2
+    assert close(side("heads.head_scores", ones, one, one, ones.T, 1), [2 * 8**0.5 + 4])
+
+
 @pytest.mark.spec("heads.scores")
 def test_how_a_head_spreads_over_its_channels_does_not_matter_to_l2(side: Side) -> None:
     """D-032: v turned by a rotation, o turned back; one channel could hold all that the two had."""
@@ -492,6 +536,10 @@ def test_the_weight_decides_what_its_error_is_computed_in() -> None:
     for half in (torch.bfloat16, torch.float16):
         assert error(1.0, half, 1 + small, torch.float32) == small**2
         assert error(1.0, torch.float32, 1.0, half) == 0
+    # Squares of float32 numbers are exact in float64, and so is their sum here.
+    narrow, none = torch.tensor([[1.0, 2.0**-13]]), torch.zeros(1, 2)
+    assert weighted_error(narrow, none, torch.ones(2)) == 1 + 2.0**-26
+    assert weighted_error(none + 1, none, narrow[0].double() + 2.0**-40) > 1 + 2.0**-26 + 2.0**-40
     tiny = 2.0**-40
     assert error(1 + tiny, torch.float64, 1.0, torch.float32) == tiny**2
     assert error(1.0, torch.float32, 1 + tiny, torch.float64) == 0
@@ -844,6 +892,65 @@ def test_a_direction_too_small_for_its_square_comes_from_the_weight(side: Side) 
     assert S[1] < 1e-7
 
 
+@pytest.mark.spec("pca.deficient", "afm.deficient")
+@pytest.mark.parametrize("shape", [(8, 4), (4, 8)])
+@pytest.mark.parametrize("tokens", [None, 2, 11])
+def test_an_eigenvalue_counts_above_eps_times_the_longest_sum(
+    side: Side, shape: tuple[int, int], tokens: int | None
+) -> None:
+    """Of the outputs' moment diag(1, t, 0, 0): below the floor the unexcited feature is next.
+
+    For AFM the tokens are such that nothing is centred away, and their number counts as a sum.
+    """
+    terms = max(8, tokens or 0)
+    W = diagonal(shape, 1.0, 1.0, 5.0)
+    for times, expected in ((1.1, (1.0, 1.0, 0.0)), (0.9, (1.0, 0.0, 5.0))):
+        moment = np.diag([1.0, times * terms * EPS, *[0.0] * (shape[1] - 2)])
+        if tokens is None:
+            left, right, _ = side("pca.pca", W, moment, 2)
+        else:
+            left, right, *_ = side("pca.afm", W, moment, np.zeros(shape[1]), tokens, 2)
+        assert close(left @ right, diagonal(shape, *expected))
+
+
+@pytest.mark.spec("pca.deficient")
+def test_an_eigenvalue_at_the_floor_does_not_count(side: Side) -> None:
+    W = diagonal((4, 3), 1.0, 1.0, 5.0)
+    at = 4 * EPS * (1 + 4 * EPS)
+    floor = side("pca.rounding_floor", W, np.diag([1.0, at, 0.0]), 4)
+    assert floor == at
+    assert type(floor) is float
+    left, right, _ = side("pca.pca", W, np.diag([1.0, at, 0.0]), 2)
+    assert close(left @ right, diagonal((4, 3), 1.0, 0.0, 5.0))
+
+
+@pytest.mark.spec("output.moment", "output.error", "pca.deficient", "pca.product", "afm.product")
+def test_moments_may_be_narrower_than_the_weight() -> None:
+    from lorap.ops import pca
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(20, 3, generator=generator) + 1
+    W = torch.randn(4, 3, generator=generator).double()
+    C, t = tokens.T @ tokens, tokens.sum(0)
+    wide = C.double(), t.double()
+    assert torch.equal(pca.output_moment(W, C), pca.output_moment(W, wide[0]))
+    assert pca.output_error(W, W / 2, C) == pca.output_error(W, W / 2, wide[0])
+    assert pca.rounding_floor(W, C, 4) == pca.rounding_floor(W, wide[0], 4)
+    for narrow, exact in (
+        (pca.pca(W, C, 2), pca.pca(W, wide[0], 2)),
+        (pca.afm(W, C, t, 20, 2), pca.afm(W, *wide, 20, 2)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(narrow, exact, strict=True))
+
+
+@pytest.mark.spec("output.error")
+def test_an_error_of_outputs_is_a_number(side: Side) -> None:
+    """Of each output by itself, never negative: here the moment is, as rounding could make it."""
+    error = side("pca.output_error", np.eye(2), np.zeros((2, 2)), np.diag([4.0, -3.0]))
+    assert error == 4
+    assert type(error) is float
+
+
 @pytest.mark.spec("pca.product", "afm.product")
 def test_pca_and_afm_of_rank_zero_and_of_empty_matrices(side: Side) -> None:
     for W, rank in (([[1.0, 2.0]], 0), (np.zeros((0, 2)), 0), (np.zeros((3, 2)), 2)):
@@ -1025,6 +1132,14 @@ def test_ranks_of_grouped_queries_by_hand(side: Side) -> None:
     assert nested == {"q": 1, "k": 0, "v": 1, "o": 3}
 
 
+@pytest.mark.spec("budget.ranks", "budget.ieee")
+def test_a_rank_is_the_floor_of_doubles_in_the_order_of_the_rule(side: Side) -> None:
+    """With w N / W = 5/3 for v and o, o is due 0.45 * 32 * 5 / 3 = 24; the doubles fall short."""
+    shapes = {"q": (64, 64), "k": (16, 64), "v": (16, 64), "o": (64, 64)}
+    ranks = side("budget.ranks", shapes, 0.55, 5, False)
+    assert ranks == {"q": 4, "k": 1, "v": 9, "o": 23}
+
+
 @pytest.mark.spec("budget.ranks")
 @pytest.mark.parametrize("nested", [True, False])
 def test_an_ffn_alone_gets_the_uniform_rank(side: Side, nested: bool) -> None:
@@ -1144,3 +1259,11 @@ def test_products_are_those_of_doubles(side: Side) -> None:
     """0.29 * 100 is 28.999999999999996, and (0.57 + 0.01) * 100 is 57.99999999999999."""
     assert side("budget.removed_band", 100, 0.57, 0.29) == (28, int((0.57 + 0.29) * 100))
     assert side("budget.removed_band", 100, 0.57, 0.01) == (1, 57)
+
+
+@pytest.mark.spec("mgaa.similarity")
+def test_features_of_all_sizes_have_a_cosine(side: Side) -> None:
+    """Divided by the largest of a token no square overflows; by the smallest it would."""
+    token = [[1e-200, 1e200]]
+    assert side("mgaa.cosine_sum", token, token) == 1
+    assert side("mgaa.cosine_sum", token, [[1e200, 1e-200]]) < 1e-300

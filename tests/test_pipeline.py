@@ -130,6 +130,48 @@ def test_biases_survive_factoring_and_pruning() -> None:
     assert torch.equal(new.mlp.down_proj.weight, old.mlp.down_proj.weight[:, kept])
 
 
+@pytest.mark.spec("algorithm.heads", "algorithm.scores")
+@pytest.mark.parametrize(
+    ("aggregation", "kept"),
+    [("l2", [0, 3, 4, 5, 6]), ("l1", [0, 3, 4, 5, 6]), ("linf", [0, 1, 4, 5, 6])],
+)
+def test_heads_that_score_least_go_with_their_biases(aggregation: str, kept: list[int]) -> None:
+    """Eight groups of two query heads and a key/value head, of four features each."""
+    model = tiny_model(
+        num_attention_heads=16, num_key_value_heads=8, head_dim=4, attention_bias=True
+    )
+    settings: dict[str, Any] = {"mha": "heads", "importance": "magnitude", "sublayers": ("mha",)}
+    options = config(ratio=0.4, ratio_scope="layer", aggregation=aggregation, **settings)
+    compressed = lorap.compress(model, options, calibration=IDS)
+    old, new = (m.model.layers[0].self_attn for m in (model, compressed))
+    norm = {"l2": 2, "l1": 1, "linf": torch.inf}[aggregation]
+
+    def rows(groups: list[int], share: int) -> list[int]:
+        size = 4 * share
+        return [size * group + i for group in groups for i in range(size)]
+
+    scores = [
+        sum(
+            torch.linalg.vector_norm(block.double(), norm).item()
+            for block in (
+                old.q_proj.weight[rows([group], 2)],
+                old.k_proj.weight[rows([group], 1)],
+                old.v_proj.weight[rows([group], 1)],
+                old.o_proj.weight[:, rows([group], 2)],
+            )
+        )
+        for group in range(8)
+    ]
+    # int(0.41 * 8) = 3 of them go.
+    assert kept == sorted(sorted(range(8), key=scores.__getitem__)[3:])
+    for name, share in (("q_proj", 2), ("k_proj", 1), ("v_proj", 1)):
+        linear, dense = new.get_submodule(name), old.get_submodule(name)
+        assert torch.equal(linear.weight, dense.weight[rows(kept, share)])
+        assert torch.equal(linear.bias, dense.bias[rows(kept, share)])
+    assert torch.equal(new.o_proj.weight, old.o_proj.weight[:, rows(kept, 2)])
+    assert torch.equal(new.o_proj.bias, old.o_proj.bias)
+
+
 @pytest.mark.spec("stats.padding")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_never_counts(side: str) -> None:
@@ -166,10 +208,11 @@ def test_a_mask_of_another_shape_is_refused() -> None:
         lorap.compress(tiny_model(), config(), calibration=IDS, attention_mask=torch.ones(8, 3))
 
 
-@pytest.mark.spec("stats.sum-of-squares")
-def test_the_batch_size_changes_rounding_at_most() -> None:
+@pytest.mark.spec("stats.sum-of-squares", "algorithm.scores", "mgaa.measure")
+@pytest.mark.parametrize("options", [{}, {"importance": "taylor"}, {"allocation": "mgaa"}])
+def test_the_batch_size_changes_rounding_at_most(options: dict[str, Any]) -> None:
     model = tiny_model()
-    settings = {"dtype": "float64", "ratio": 0.4}
+    settings = {"dtype": "float64", "ratio": 0.4, **options}
     whole = lorap.compress(model, config(**settings), calibration=IDS).state_dict()
     for size in (1, 3):
         parts = lorap.compress(

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from lorap.config import CompressionConfig, Override
 from lorap.errors import UsageError
 from lorap.families import family_of
-from lorap.plan import Plan, make_plan
+from lorap.plan import Measurements, Plan, make_plan
 from tests.tiny_models import VARIANTS, tiny_config, tiny_model
 
 LLAMA_7B = LlamaConfig(
@@ -163,6 +163,54 @@ def test_allocation_is_what_v_and_o_get_of_what_q_and_k_get() -> None:
     for allocation, q, v in ((1, 1024, 1024), (3, 512, 1536), (0.5, 1365, 682)):
         (layer, *_) = plan(LLAMA_7B, ratio=0.5, ratio_scope="layer", allocation=allocation).layers
         assert [layer[f"self_attn.{name}_proj"].rank for name in "qkvo"] == [q, q, v, v]
+
+
+@pytest.mark.spec("mgaa.plan", "mgaa.floors")
+@pytest.mark.parametrize(("floor", "q"), [(0.0, 1), (0.5, 4), (1.0, 8)])
+def test_a_matrix_of_one_direction_keeps_the_floor_of_the_uniform_rank(
+    floor: float, q: int
+) -> None:
+    """Four of 32 x 32, of which half is kept: the uniform rank is 0.5 * 1024 / 64 = 8."""
+    one = torch.zeros(32, dtype=torch.float64)
+    one[0] = 1
+    spectra = {
+        f"layers.{layer}.self_attn.{m}_proj": one if m == "q" else torch.ones_like(one)
+        for layer in range(3)
+        for m in "qkvo"
+    }
+    config = CompressionConfig(
+        ratio=0.5,
+        ratio_scope="layer",
+        sublayers=("mha",),
+        allocation="mgaa-within",
+        mgaa_floor=floor,
+    )
+    result = make_plan(
+        tiny_config(), family_of(tiny_config()), config, Measurements(spectra=spectra)
+    )
+    ranks = [result.layers[0][f"self_attn.{m}_proj"].rank for m in "qkvo"]
+    # The others share the rest, 32 - q ranks: one more each, in their order.
+    rest = 32 - q
+    assert ranks == [q, *(rest // 3 + (i < rest % 3) for i in range(3))]
+
+
+@pytest.mark.spec("mgaa.plan", "mgaa.ratios")
+def test_what_changes_the_stream_least_loses_most() -> None:
+    """The root of 3 / 2 deviations above and below the mean, and one at it."""
+    similarities = {(layer, "ffn"): value for layer, value in enumerate((0.9, 0.8, 0.7))}
+    config = CompressionConfig(
+        ratio=0.4,
+        ratio_scope="layer",
+        sublayers=("ffn",),
+        allocation="mgaa-between",
+        mgaa_alpha=0.1,
+    )
+    result = make_plan(
+        tiny_config(), family_of(tiny_config()), config, Measurements(similarities=similarities)
+    )
+    assert [layer["mlp"].width for layer in result.layers] == [
+        48 - int((0.4 + shift + 0.01) * 48) for shift in (0.1 * 1.5**0.5, 0.0, -0.1 * 1.5**0.5)
+    ]
 
 
 def test_a_subset_of_sublayers_carries_the_whole_ratio() -> None:

@@ -8,8 +8,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lorap_reference import algorithm1, budget, importance, llama, lowrank, pruning, statistics
-from lorap_reference.algorithm1 import Settings
+from lorap_reference import (
+    algorithm1,
+    budget,
+    gradient,
+    heads,
+    importance,
+    llama,
+    lowrank,
+    mgaa,
+    pca,
+    pruning,
+    statistics,
+)
+from lorap_reference.algorithm1 import Settings, Sizes
 from lorap_reference.llama import LlamaShape
 
 Array = NDArray[np.float64]
@@ -338,3 +350,255 @@ def test_each_layer_is_fed_by_the_compressed_ones_before_it(weights: dict[str, A
     # Fewer layers than there are weights for: the shape says how many count.
     _, one = algorithm1.compress(weights, replace(SHAPE, layers=1), ids, settings)
     assert len(one) == 1
+
+
+FACTORED: dict[str, Any] = {
+    "svd": lambda W, X: lowrank.svd_low_rank(W, 2),
+    "awsvd": lambda W, X: lowrank.awsvd(W, np.linalg.norm(X, axis=0) ** 0.5, 2),
+    "asvd": lambda W, X: lowrank.awsvd(W, np.mean(np.abs(X), axis=0) ** 1.5, 2),
+    "pca": lambda W, X: pca.pca(W, X.T @ X, 2),
+    "afm": lambda W, X: pca.afm(W, X.T @ X, X.sum(axis=0), len(X), 2),
+}
+
+
+@pytest.mark.spec("algorithm.low-rank", "afm.bias")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("method", FACTORED)
+@pytest.mark.parametrize("joint", [True, False])
+def test_each_method_factors_by_what_it_has_to_know_of_the_input(
+    method: algorithm1.LowRank, joint: bool, bias: bool, h: Array
+) -> None:
+    layer = llama.layer_weights(random_weights(bias), 0)
+    trace = llama.layer_forward(layer, SHAPE, h)
+    settings = Settings(
+        0.5, mha=method, ffn=method, joint_qk=joint, weighting="eq6", asvd_alpha=1.5
+    )
+    inputs = {
+        "self_attn.q_proj": trace.attention,
+        "self_attn.k_proj": trace.attention,
+        "self_attn.v_proj": trace.attention,
+        "self_attn.o_proj": trace.o,
+        "mlp.gate_proj": trace.ffn,
+        "mlp.up_proj": trace.ffn,
+        "mlp.down_proj": trace.down,
+    }
+    for sublayer in ("mha", "ffn"):
+        names = algorithm1.MHA if sublayer == "mha" else algorithm1.FFN
+        matrices = algorithm1.matrices(layer, sublayer, settings)
+        if joint and sublayer == "mha":
+            assert list(matrices) == ["qk", "v", "o"]
+            q, k = (layer[f"self_attn.{m}_proj.weight"] for m in "qk")
+            assert np.array_equal(matrices["qk"], np.concatenate([q, k]))
+        else:
+            assert list(matrices) == list(names)
+        sizes = Sizes(dict.fromkeys(matrices, 2))
+        new = algorithm1.factor_matrices(layer, trace, sublayer, sizes, settings)
+        expected: dict[str, Array] = {}
+        for m, W in matrices.items():
+            parts = ["self_attn.q_proj", "self_attn.k_proj"] if m == "qk" else [names[m]]
+            X = inputs[parts[0]].reshape(12, -1)
+            L, R, _, *more = FACTORED[method](W, X)
+            ends = np.cumsum([len(layer[f"{name}.weight"]) for name in parts])
+            expected["self_attn.qk_right.weight" if m == "qk" else f"{parts[0]}.right.weight"] = R
+            for name, end in zip(parts, ends, strict=True):
+                rows = slice(end - len(layer[f"{name}.weight"]), end)
+                expected[f"{name}.left.weight"] = L[rows]
+                own = [layer[f"{name}.bias"]] if bias else []
+                if own or more:
+                    expected[f"{name}.left.bias"] = sum([*own, *(b[rows] for b in more)])
+        assert new.keys() == expected.keys()
+        assert all(close(new[name], expected[name]) for name in expected)
+
+
+@pytest.mark.spec("algorithm.heads", "algorithm.scores")
+@pytest.mark.parametrize("importance", ["activation", "magnitude", "taylor"])
+@pytest.mark.parametrize("aggregation", ["l2", "linf"])
+def test_heads_and_channels_are_scored_by_the_importance_asked_for(
+    aggregation: Any, importance: Any, layer: dict[str, Array], h: Array
+) -> None:
+    rng = np.random.default_rng(3)
+    gradients = {name: rng.standard_normal(value.shape) for name, value in layer.items()}
+    settings = Settings(0.5, least=0, mha="heads", aggregation=aggregation, importance=importance)
+    sizes = algorithm1.layer_sizes(layer, SHAPE, settings)
+    assert (sizes.ranks, sizes.heads, sizes.channels) == ({}, (0, 1), (0, 15))
+    step = algorithm1.compress_layer(layer, SHAPE, h, settings, None, gradients)
+    assert step.kept is not None
+    assert step.kept_heads is not None
+    trace = step.trace
+    of = {
+        "activation": lambda name, X: (
+            np.abs(layer[name]) * np.linalg.norm(X.reshape(12, -1), axis=0)
+        ),
+        "magnitude": lambda name, X: np.abs(layer[name]),
+        "taylor": lambda name, X: np.abs(layer[name] * gradients[name]),
+    }[importance]
+    norm = {"l2": None, "linf": np.inf}[aggregation]
+    q, k, v, o = (
+        of(f"self_attn.{m}_proj.weight", trace.o if m == "o" else trace.attention) for m in "qkvo"
+    )
+    # Groups of three query heads of two features.
+    scores = [
+        sum(
+            np.linalg.norm(block.ravel(), norm)
+            for block in (
+                q[6 * g : 6 * g + 6],
+                k[2 * g : 2 * g + 2],
+                v[2 * g : 2 * g + 2],
+                o[:, 6 * g : 6 * g + 6],
+            )
+        )
+        for g in (0, 1)
+    ]
+    assert close(step.head_scores, scores)
+    g = int(np.argmax(scores))
+    assert step.kept_heads.tolist() == [g]
+    for m, rows in (("q", 6), ("k", 2), ("v", 2)):
+        for kind in ("weight", "bias"):
+            name = f"self_attn.{m}_proj.{kind}"
+            assert np.array_equal(step.weights[name], layer[name][rows * g : rows * g + rows])
+    name = "self_attn.o_proj.weight"
+    assert np.array_equal(step.weights[name], layer[name][:, 6 * g : 6 * g + 6])
+    assert np.array_equal(step.weights["self_attn.o_proj.bias"], layer["self_attn.o_proj.bias"])
+    up, gate, down = (
+        of(f"mlp.{m}_proj.weight", trace.down if m == "down" else trace.ffn)
+        for m in ("up", "gate", "down")
+    )
+    scores = [
+        sum(np.linalg.norm(part, norm) for part in (up[i], gate[i], down[:, i])) for i in range(D_M)
+    ]
+    assert close(step.scores, scores)
+    assert step.kept.tolist() == sorted(np.argsort(scores)[15:].tolist())
+
+
+@pytest.mark.spec("algorithm.scores", "gradient.backward")
+def test_gradients_are_those_of_the_uncompressed_model(weights: dict[str, Array]) -> None:
+    """For the second layer too, when the first has lost a group of heads."""
+    ids = np.random.default_rng(2).integers(VOCABULARY, size=(3, 4))
+    settings = Settings(0.5, least=0, mha="heads", ffn=None, importance="taylor")
+    _, steps = algorithm1.compress(weights, SHAPE, ids, settings)
+    G = gradient.loss_gradients(weights, SHAPE, ids)
+    for index, step in enumerate(steps):
+        names = [f"model.layers.{index}.self_attn.{m}_proj.weight" for m in "qkvo"]
+        scores = heads.head_scores(*(np.abs(weights[n] * G[n]) for n in names), SHAPE.kv_heads)
+        assert step.kept_heads is not None
+        assert step.kept_heads.size == 1
+        assert close(step.head_scores, scores)
+
+
+@pytest.mark.spec("gradient.backward")
+def test_the_factor_that_q_and_k_share_has_the_gradient_of_both(weights: dict[str, Array]) -> None:
+    """The slope of the loss as the factor moves in some direction."""
+    rng = np.random.default_rng(4)
+    prefix = "model.layers.0.self_attn."
+    for m, size in (("q", 12), ("k", 4)):
+        del weights[f"{prefix}{m}_proj.weight"], weights[f"{prefix}{m}_proj.bias"]
+        weights[f"{prefix}{m}_proj.left.weight"] = rng.standard_normal((size, 3))
+    shared, ids = f"{prefix}qk_right.weight", np.array([[3, 0, 10, 7]])
+    weights[shared] = rng.standard_normal((3, D))
+    direction = rng.standard_normal((3, D))
+
+    def loss(step: float) -> float:
+        return gradient.loss({**weights, shared: weights[shared] + step * direction}, SHAPE, ids)
+
+    slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    G = gradient.loss_gradients(weights, SHAPE, ids)[shared]
+    assert float(np.sum(G * direction)) == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.spec("mgaa.measure")
+def test_similarities_are_those_of_the_stream_and_spectra_those_of_the_method(
+    weights: dict[str, Array],
+) -> None:
+    ids = np.random.default_rng(2).integers(VOCABULARY, size=(3, 4))
+    settings = Settings(0.5, mha="pca", ffn="svd", within=True)
+    found = algorithm1.measure(weights, SHAPE, ids, settings)
+    h = llama.embed(weights, ids)
+    for index in (0, 1):
+        layer = llama.layer_weights(weights, index)
+        trace = llama.layer_forward(layer, SHAPE, h)
+        for sublayer, before, after in (
+            ("mha", h, trace.middle),
+            ("ffn", trace.middle, trace.output),
+        ):
+            cosines = [
+                a @ b / math.sqrt((a @ a) * (b @ b))
+                for a, b in zip(before.reshape(12, D), after.reshape(12, D), strict=True)
+            ]
+            assert close(found.similarities[index][sublayer], sum(cosines) / 12)
+        spectra = found.spectra[index]
+        assert list(spectra) == ["q", "k", "v", "o", "gate", "up", "down"]
+        X = trace.o.reshape(12, -1)
+        W = layer["self_attn.o_proj.weight"]
+        assert np.allclose(spectra["o"], np.linalg.svd(X @ W.T, compute_uv=False), rtol=1e-9)
+        down = np.linalg.svd(layer["mlp.down_proj.weight"], compute_uv=False)
+        assert close(spectra["down"], down)
+        h = trace.output
+    # Where nothing within a sub-layer is asked, or a sub-layer is not factored.
+    for other in (Settings(0.5, mha="pca", between=True), Settings(0.5, mha=None, within=True)):
+        assert algorithm1.measure(weights, SHAPE, ids, other).spectra == [{}, {}]
+
+
+@pytest.mark.spec("mgaa.plan")
+def test_what_a_ratio_is_a_share_of(layer: dict[str, Array]) -> None:
+    """q 12 x 6, k and v 4 x 6, o 6 x 12; gate and up 30 x 6, down 6 x 30; a bias each."""
+    bare = llama.layer_weights(random_weights(bias=False), 0)
+    mha, ffn = 72 + 24 + 24 + 72, 3 * 180
+    for given, more_mha, more_ffn in ((layer, 12 + 4 + 4, 30 + 30), (bare, 0, 0)):
+        factored = Settings(0.5, mha="svd", ffn="pca")
+        assert algorithm1.compressible(given, "mha", factored) == mha
+        assert algorithm1.compressible(given, "ffn", factored) == ffn
+        pruned = Settings(0.5, mha="heads")
+        assert algorithm1.compressible(given, "mha", pruned) == mha + more_mha
+        assert algorithm1.compressible(given, "ffn", pruned) == ffn + more_ffn
+
+
+@pytest.mark.spec("mgaa.plan")
+@pytest.mark.parametrize(("between", "within"), [(True, False), (False, True), (True, True)])
+def test_sizes_are_those_of_the_ratios_and_of_the_spectra(
+    weights: dict[str, Array], between: bool, within: bool
+) -> None:
+    settings = Settings(
+        0.4, mha="svd", between=between, within=within, mgaa_alpha=0.2, mgaa_floor=0.3
+    )
+    similarities = [{"mha": 0.9, "ffn": 0.5}, {"mha": 0.7, "ffn": 0.8}]
+    layers = [llama.layer_weights(weights, index) for index in (0, 1)]
+    spectra = [
+        {m: np.linalg.svd(layer[f"self_attn.{m}_proj.weight"], compute_uv=False) for m in "qkvo"}
+        for layer in layers
+    ]
+    found = algorithm1.allocate(
+        weights,
+        SHAPE,
+        settings,
+        algorithm1.Measurements(similarities, spectra),
+    )
+    ratios = [0.4] * 4
+    if between:
+        ratios = mgaa.sublayer_ratios(
+            mgaa.standard_scores([0.9, 0.5, 0.7, 0.8]),
+            [192, 600, 192, 600],
+            0.4,
+            0.2,
+            [0.4 + 0.7 * 0.6] * 4,
+        )
+        assert len(set(ratios)) == 4
+    shapes = {"q": (12, 6), "k": (4, 6), "v": (4, 6), "o": (6, 12)}
+    for index, (sizes, (p_mha, p_ffn)) in enumerate(
+        zip(found, (ratios[:2], ratios[2:]), strict=True)
+    ):
+        assert sizes.heads is None
+        assert sizes.channels == budget.removed_band(D_M, p_ffn, 0.01)
+        if within:
+            kept = (1 - p_mha) * 192
+            floors = mgaa.rank_floors(shapes, kept, 0.3)
+            expected = mgaa.common_energy_ranks(spectra[index], shapes, kept, floors)
+        else:
+            expected = budget.ranks(shapes, p_mha, 1, True)
+        assert sizes.ranks == expected
+
+
+@pytest.mark.spec("mgaa.plan")
+def test_what_loses_nothing_stays_dense(layer: dict[str, Array]) -> None:
+    settings = Settings(0.4, mha="svd", between=True)
+    sizes = algorithm1.layer_sizes(layer, SHAPE, settings, {"mha": 0.0, "ffn": 0.4})
+    assert sizes.ranks == dict.fromkeys("qkvo")

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorap.ops import lowrank
+from lorap.ops.mgaa import cosine_sum
 from lorap.ops.statistics import sum_of_squares
 
 
@@ -55,6 +56,29 @@ def test_few_features_are_widened_as_many_tokens_at_a_time(
     inputs = torch.ones(5, features, dtype=torch.float32)
     widened = [size for name, size in allocations(sum_of_squares, inputs) if name == "_to_copy"]
     assert widened == {0: [0, 0, 0], 1: [2, 2, 1], 3: [3] * 5}[features]
+
+
+@pytest.mark.spec("mgaa.similarity", "precision.statistics")
+def test_streams_are_widened_16_mib_at_a_time_each() -> None:
+    chunk = 16 * 2**20 // 8
+    stream = torch.ones(5 * chunk // 2 // 128, 128, dtype=torch.float16)
+    made = allocations(cosine_sum, stream, stream)
+    widened = [size for name, size in made if name == "_to_copy" and size > chunk // 4]
+    assert widened == [chunk] * 4 + [chunk // 2] * 2
+
+
+@pytest.mark.spec("mgaa.similarity", "precision.statistics")
+@pytest.mark.parametrize(
+    ("features", "expected"), [(1, [2, 2, 2, 2, 2, 2, 1, 1, 1]), (3, [3, 3, 1] * 5)]
+)
+def test_few_features_are_widened_as_many_tokens_at_a_time_of_each_stream(
+    features: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third time it is what tells tokens apart that are zero."""
+    monkeypatch.setattr("lorap.ops.mgaa._CHUNK_ELEMENTS", 2)
+    stream = torch.ones(5, features, dtype=torch.float32)
+    made = allocations(cosine_sum, stream, stream)
+    assert [size for name, size in made if name == "_to_copy"] == expected
 
 
 @pytest.mark.spec("precision.decomposition")

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from parity_tests.mutation import mutants as all_of
@@ -67,13 +68,13 @@ def main(argv: Sequence[str] | None = None, project: Project = LORAP) -> int:
     notes = project.root / project.notes
     written = all_of.read_written((notes / "written.toml").read_text(encoding="utf-8"))
     equivalents = all_of.read_equivalents((notes / "equivalent.toml").read_text(encoding="utf-8"))
-    mutants = all_of.all_mutants(project, written)
-    problems = all_of.stale(mutants, equivalents)
-    chosen = [m for m in mutants if _is_chosen(m, arguments.module)]
     if arguments.list:
-        for mutant in chosen:
+        for mutant in all_of.all_mutants(project, written, partial(_is_chosen, arguments.module)):
             print(f"{mutant.name}\n    {mutant.was}\n    {mutant.now}")
         return 0
+    mutants = all_of.all_mutants(project, written)
+    problems = all_of.stale(mutants, equivalents)
+    chosen = [m for m in mutants if _is_chosen(arguments.module, m.module)]
     if not chosen:
         sys.exit(f"no mutants in {', '.join(arguments.module)}")
 
@@ -103,10 +104,8 @@ def main(argv: Sequence[str] | None = None, project: Project = LORAP) -> int:
     return 1 if survivors or problems else 0
 
 
-def _is_chosen(mutant: Mutant, modules: Sequence[str] | None) -> bool:
-    if modules is None:
-        return True
-    return any(f"{mutant.module}.".startswith(f"{module}.") for module in modules)
+def _is_chosen(names: Sequence[str] | None, module: str) -> bool:
+    return names is None or any(f"{module}.".startswith(f"{name}.") for name in names)
 
 
 def _begun(

@@ -7,7 +7,7 @@ original, each with the reason; an entry that has become untrue is an error.
 
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,19 @@ def read_equivalents(text: str) -> dict[str, Equivalent]:
     return {name: Equivalent(**table) for name, table in tables.items()}
 
 
-def all_mutants(project: Project, written: Sequence[Written]) -> list[Mutant]:
+def all_mutants(
+    project: Project,
+    written: Sequence[Written],
+    wanted: Callable[[str], bool] = lambda _: True,
+) -> list[Mutant]:
     """Return the mutants of every module, in the order of the modules.
+
+    Parameters
+    ----------
+    project : Project
+    written : sequence of Written
+    wanted : callable, optional
+        Whether the mutants of a module are asked for.
 
     Raises
     ------
@@ -90,8 +101,9 @@ def all_mutants(project: Project, written: Sequence[Written]) -> list[Mutant]:
     modules = project.modules()
     sources = {module: project.source(module) for module in modules}
     fields = generate.twin_fields(list(sources.values()))
-    found = [m for module in modules for m in generate.mutants(module, sources[module], fields)]
-    for entry in written:
+    chosen = filter(wanted, modules)
+    found = [m for module in chosen for m in generate.mutants(module, sources[module], fields)]
+    for entry in filter(lambda entry: wanted(entry.module), written):
         source = sources.get(entry.module) or project.source(entry.module)
         found.append(entry.mutant(source))
     counts = Counter(mutant.name for mutant in found)

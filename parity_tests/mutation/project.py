@@ -87,7 +87,22 @@ LORAP = Project(
         "scipy.linalg",
         "torch",
         "hypothesis.extra.numpy",
-        "transformers.models.llama.modeling_llama",
         "transformers.models.auto.modeling_auto",
+        # Of all families, which lorap makes classes of as soon as it is imported.
+        *(
+            f"transformers.models.{name}.modeling_{name}"
+            for name in (
+                "gemma2",
+                "gemma3",
+                "llama",
+                "llava",
+                "mistral",
+                "olmo2",
+                "phi3",
+                "qwen2",
+                "qwen3",
+                "smollm3",
+            )
+        ),
     ),
 )

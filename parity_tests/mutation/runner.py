@@ -488,10 +488,10 @@ class Runner:
     def _job(
         self, mutant: Mutant, tests: Sequence[str], baseline: Baseline, thorough: bool
     ) -> _Job:
-        # Two files first: to collect the others takes longer than most kills.
-        files = list(dict.fromkeys(test.split("::")[0] for test in tests))[:2]
-        near = [test for test in tests if test.split("::")[0] in files]
-        far = [test for test in tests if test.split("::")[0] not in files]
+        # One file first: to collect the others takes longer than most kills.
+        file = tests[0].split("::")[0]
+        near = [test for test in tests if test.split("::")[0] == file]
+        far = [test for test in tests if test.split("::")[0] != file]
         more = THOROUGH_FACTOR if thorough else 1
         return _Job(
             {mutant.module: mutant.source},
