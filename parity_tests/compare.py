@@ -149,6 +149,27 @@ def singular_values(
     return close(quantity, ours, S, tolerances.singular_values(S, shape, eps))
 
 
+def squared_singular_values(
+    quantity: str, ours: object, reference: object, shape: tuple[int, int], delta: float = 0.0
+) -> float:
+    """Assert that singular values agree as far as a Gram matrix knows them: by their squares.
+
+    Parameters
+    ----------
+    quantity : str
+    ours, reference : (k,)
+        Descending.
+    shape : (int, int)
+        Of the matrix.
+    delta : float
+        Distance of the two matrices, where the sides were not given the same.
+    """
+    S = as_array(reference)
+    moved = delta * (2 * float(S[0]) + delta) if S.size else 0.0
+    bound = tolerances.square_of_singular_values(S, shape) + moved
+    return close(quantity, as_array(ours) ** 2, S**2, bound)
+
+
 def spectral(quantity: str, ours: object, reference: object, bound: float) -> float:
     """Assert that matrices (products, projectors) agree within `bound` in the spectral norm."""
     a, b = as_array(ours), as_array(reference)

@@ -17,7 +17,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lorap_reference import budget, heads, importance, llama, lowrank, mgaa, pca, statistics
+from lorap_reference import budget, heads, importance, llama, lora, lowrank, mgaa, pca, statistics
 from parity_tests import compare, llamas, rounding, tolerances
 from parity_tests import strategies as own
 from parity_tests.tolerances import CONFIDENCE, EPS32, EPS64
@@ -472,6 +472,40 @@ def test_a_scale_that_is_off_changes_the_error_past_its_bound(
             lowrank.weighted_error(W, near, problem.scale * (1 + times * bound / 2)),
             error,
             bound,
+        )
+    )
+
+
+@pytest.mark.refuses("squared_singular_values")
+@few
+@given(A=own.spectral_matrices(), at=st.integers(0, 23))
+def test_squared_singular_values(A: own.Array, at: int) -> None:
+    S = np.linalg.svd(A if A.any() else A + 1, compute_uv=False)
+    bound = tolerances.square_of_singular_values(S, A.shape)
+    place = np.eye(S.size)[at % S.size]
+    accepts_and_refuses(
+        lambda times: compare.squared_singular_values(
+            "q", np.sqrt(S**2 + times * bound * place), S, A.shape
+        )
+    )
+
+
+@pytest.mark.refuses("updated")
+@few
+@given(sides=st.tuples(own.sides(), own.sides(), own.sides()), eps=epsilons, seed=own.seeds)
+def test_an_update_that_is_off_changes_the_output_past_its_bound(
+    sides: tuple[int, int, int], eps: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    m, r, n = sides
+    # Of one sign, where the sum of the magnitudes is the output itself.
+    W, A, B = (rng.uniform(1, 2, shape) for shape in ((m, n), (m, r), (r, n)))
+    bound = tolerances.updated(W, 2 * A @ B, 0, r, eps)
+    merged = lora.merge_dense(W, A, B, 2.0)
+    relative = float(np.min(bound / (2 * A @ B)))
+    refuses(
+        lambda times: compare.close(
+            "q", lora.merge_dense(W, A * (1 + times * relative), B, 2.0), merged, bound
         )
     )
 
@@ -1085,6 +1119,7 @@ def test_a_target_that_is_off_changes_ratios_and_floors_past_their_bounds(
 def test_an_input_of_a_layer_that_is_off_is_past_the_bounds_of_the_forward(
     model: own.SmallLlama, seed: int
 ) -> None:
+    assume(model.hidden > 2)
     weights = llama.layer_weights(model.weights(), 0)
     h = llama.embed(model.weights(), own.calibration_ids(model, 2, 6))
     spread = 1e-9 * np.abs(h)
@@ -1099,8 +1134,9 @@ def test_an_input_of_a_layer_that_is_off_is_past_the_bounds_of_the_forward(
             two = llama.layer_forward(weights, model.shape, moved)
             llamas.close("q", getattr(two, name), getattr(one, name), getattr(spreads, name))
 
-        # Errors that go together can cancel where features are few: 0.3 of the bound was seen.
-        refuses(check, 5.0)
+        # Errors that go together can cancel where features are few, those of two under the norm
+        # altogether: 0.3 of the bound was seen.
+        refuses(check, 10.0)
 
 
 @pytest.mark.refuses("measured_condition")

@@ -73,8 +73,10 @@ def test_svd_low_rank(problem: own.Problem, layout: own.Layout, dtype: Dtype) ->
     shape = problem.W.shape
     # Eq. (4) at its word.
     U, S_printed, V = np.linalg.svd(W.array, full_matrices=False)
-    for side, values in (("ours", S), ("reference", S_reference)):
-        compare.singular_values(f"singular values of W ({side})", values, S_printed, shape, EPS64)
+    compare.squared_singular_values("singular values of W (ours)", S, S_printed, shape)
+    compare.singular_values(
+        "singular values of W (reference)", S_reference, S_printed, shape, EPS64
+    )
     rounded = stored(compare.as_array(left), compare.as_array(right), eps)
     compare.close(
         label("error of the SVD's product, from the tail", eps),
@@ -172,7 +174,7 @@ def test_awsvd(problem: own.Problem, layout: own.Layout, dtype: Dtype) -> None:
     L, R, S_reference = reference.awsvd(W.array, scale.array, r)
     assert (left.shape, right.shape) == (L.shape, R.shape)
 
-    compare.singular_values("singular values of W D", S, S_reference, shape, EPS64)
+    compare.squared_singular_values("singular values of W D", S, S_reference, shape)
     if r == 0:
         return
     bound = tolerances.awsvd_product(W.array, scale.array, r, EPS64)
