@@ -12,10 +12,11 @@ RANGE = 1e3
 TURN = 1e-2
 """Frobenius norm of a correction of the subspace beyond which first order is not enough."""
 
-EXACT = 1e-9
+EXACT = 1e-7
 """That norm, below which its square, which a correction leaves, is rounding."""
 
-CORRECTIONS = 2
+CORRECTIONS = 3
+"""From ``TURN`` by squares to ``EXACT``."""
 
 
 def leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -87,8 +88,10 @@ def gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     if not float(eigenvalues[rank - 1]) > RANGE * rounding:
         return None
 
-    rows = vectors.T @ short
-    for _ in range(CORRECTIONS if rank < len(rows) else 0):
+    rows, kept, rest = vectors.T @ short, vectors[:, :rank], vectors[:, rank:]
+    for _ in range(CORRECTIONS):
+        if rank == len(rows):
+            break
         squares = rows.square().sum(dim=1)
         gaps = squares[:rank, None] - squares[None, rank:]
         turn = (rows[:rank] @ rows[rank:].T) / gaps
@@ -96,11 +99,14 @@ def gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
         if not (float(gaps.min()) > 0 and size <= TURN):
             return None
         if size <= EXACT:
+            rows[:rank] += turn @ rows[rank:]
+            kept = torch.linalg.qr(kept + rest @ turn.T).Q
             break
-        kept = vectors[:, :rank] + vectors[:, rank:] @ turn.T
-        rest = vectors[:, rank:] - vectors[:, :rank] @ turn
-        vectors = torch.linalg.qr(torch.cat([kept, rest], dim=1)).Q
-        rows = vectors.T @ short
+        turned = torch.cat([kept + rest @ turn.T, rest - kept @ turn], dim=1)
+        kept, rest = torch.linalg.qr(turned).Q.split([rank, len(rows) - rank], dim=1)
+        rows = torch.cat([kept, rest], dim=1).T @ short
+    else:
+        return None
 
     squares = rows.square().sum(dim=1)
     held, promised = squares[:rank].sum(), eigenvalues[:rank].sum()
@@ -110,5 +116,5 @@ def gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
         and abs(float(missing)) <= len(rows) * ROOM * rounding
     ):
         return None
-    basis = torch.linalg.qr(rows[:rank].T).Q if tall else vectors[:, :rank]
+    basis = torch.linalg.qr(rows[:rank].T).Q if tall else kept
     return basis, squares.sort(descending=True).values.sqrt()
