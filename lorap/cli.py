@@ -240,6 +240,33 @@ _Aggregation = Annotated[
         show_default="l2",
     ),
 ]
+_Selection = Annotated[
+    str | None,
+    typer.Option(
+        metavar="scores|obs",
+        help="How the channels that stay are chosen. scores: by their scores (the paper). obs: "
+        "removed one by one, each time the one that costs least in the outputs of down once the "
+        "others have made up for it (optimal brain surgeon).",
+        show_default="scores",
+    ),
+]
+_Update = Annotated[
+    str | None,
+    typer.Option(
+        metavar="none|least-squares",
+        help="What becomes of down after channels are removed, and of o after heads are. "
+        "least-squares: the weights that come nearest to the outputs with all of them.",
+        show_default="none",
+    ),
+]
+_Ridge = Annotated[
+    float | None,
+    typer.Option(
+        help="obs, least-squares: share of a feature's sum of squares that is added to it, from "
+        "1e-6 to 1.",
+        show_default="1e-4",
+    ),
+]
 _Weighting = Annotated[
     str | None,
     typer.Option(
@@ -433,6 +460,9 @@ def compress(
     importance: _Importance = None,
     aggregation: _Aggregation = None,
     least_important: _LeastImportant = None,
+    selection: _Selection = None,
+    update: _Update = None,
+    ridge: _Ridge = None,
     samples: _Samples = None,
     seqlen: _Seqlen = None,
     seed: _Seed = None,

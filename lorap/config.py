@@ -21,12 +21,17 @@ LowRankMethod = Literal["awsvd", "svd", "asvd", "pca", "afm"]
 MhaMethod = Literal["awsvd", "svd", "asvd", "pca", "afm", "heads"]
 FfnMethod = Literal["channels", "awsvd", "svd", "asvd", "pca", "afm"]
 Importance = Literal["activation", "magnitude", "taylor"]
+Selection = Literal["scores", "obs"]
+Update = Literal["none", "least-squares"]
 Aggregation = Literal["l1", "l2", "linf"]
 Weighting = Literal["eq7", "eq6"]
 MgaaAllocation = Literal["mgaa", "mgaa-between", "mgaa-within"]
 Device = Literal["auto", "cpu", "cuda"]
 Activations = Literal["auto", "device", "cpu", "disk"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
+
+SMALLEST_RIDGE = 1e-6
+"""Above what the rounding of a moment can take off an eigenvalue of the correlations."""
 
 LARGEST_ALLOCATION = 1000.0
 """Bound of the allocation; its inverse is the other."""
@@ -120,6 +125,15 @@ class CompressionConfig:
         Share of least important channels that is kept (Eq. 11).
     aggregation : {"l2", "l1", "linf"}
         How the scores of a channel's weights are put together (Eq. 8).
+    selection : {"scores", "obs"}
+        How the channels that stay are chosen: by their scores, or removed one by one by what each
+        costs in the outputs of down after the others have made up for it (optimal brain surgeon).
+    update : {"none", "least-squares"}
+        What becomes of down after channels are removed, and of o after heads are: the weights that
+        stay, or those that come nearest to the outputs with all channels or heads.
+    ridge : float
+        Share of an input feature's sum of squares that ``obs`` and ``least-squares`` add to it,
+        from 1e-6 to 1.
     weighting : {"eq7", "eq6"}
         Whether the squared errors are weighted by the squared norms (Eq. 7) or the norms (Eq. 6).
     asvd_alpha : float
@@ -160,6 +174,9 @@ class CompressionConfig:
     importance: Importance = "activation"
     least_important: float = 0.01
     aggregation: Aggregation = "l2"
+    selection: Selection = "scores"
+    update: Update = "none"
+    ridge: float = 1e-4
     weighting: Weighting = "eq7"
     asvd_alpha: float = 0.5
     sublayers: tuple[Sublayer, ...] = ("mha", "ffn")
@@ -199,6 +216,13 @@ class CompressionConfig:
                 f"got {self.least_important!r}"
             )
         _check_choice("aggregation", self.aggregation, get_args(Aggregation))
+        _check_choice("selection", self.selection, get_args(Selection))
+        _check_choice("update", self.update, get_args(Update))
+        store("ridge", _number("ridge", self.ridge))
+        if not SMALLEST_RIDGE <= self.ridge <= 1:
+            raise UsageError(
+                f"ridge: expected a share from {SMALLEST_RIDGE:g} to 1, got {self.ridge!r}"
+            )
         _check_choice("weighting", self.weighting, get_args(Weighting))
         store("sublayers", _sublayers(self.sublayers))
         if not self.sublayers or len(set(self.sublayers)) != len(self.sublayers):
@@ -226,6 +250,9 @@ class CompressionConfig:
         """Refuse what nothing would obey."""
         methods = {getattr(self, sublayer) for sublayer in self.sublayers}
         pruned = methods & {"channels", "heads"}
+        by_loss = self.selection == "obs" and "channels" in methods
+        scored = pruned - {"channels"} if by_loss else pruned
+        scores = ("selection scores" if by_loss else "ffn channels") + " or mha heads"
         low_rank = methods & set(get_args(LowRankMethod))
         attention = "mha" in self.sublayers and self.mha != "heads"
         numeric = isinstance(self.allocation, float)
@@ -239,9 +266,15 @@ class CompressionConfig:
             ),
             "mgaa_alpha": (self.measures_similarity, "allocation mgaa or mgaa-between"),
             "mgaa_floor": (not numeric, "allocation mgaa, mgaa-between or mgaa-within"),
-            "importance": (bool(pruned), "ffn channels or mha heads"),
-            "least_important": (bool(pruned), "ffn channels or mha heads"),
-            "aggregation": (bool(pruned), "ffn channels or mha heads"),
+            "importance": (bool(scored), scores),
+            "least_important": (bool(scored), scores),
+            "aggregation": (bool(scored), scores),
+            "selection": ("channels" in methods, "ffn channels"),
+            "update": (bool(pruned), "ffn channels or mha heads"),
+            "ridge": (
+                by_loss or (bool(pruned) and self.update != "none"),
+                "selection obs or update least-squares",
+            ),
             "weighting": ("awsvd" in methods, "mha or ffn awsvd"),
             "asvd_alpha": ("asvd" in methods, "mha or ffn asvd"),
         }
@@ -403,6 +436,7 @@ _NUMBER_KEYS = (
     "mgaa_alpha",
     "mgaa_floor",
     "asvd_alpha",
+    "ridge",
 )
 
 

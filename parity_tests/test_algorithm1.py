@@ -62,6 +62,12 @@ def methods(draw: st.DrawFn, importance: Sequence[str] = IMPORTANCE) -> dict[str
     if "asvd" in used:
         settings["asvd_alpha"] = draw(st.sampled_from((0.5, 1.0, 0.0, 1.5)), label="asvd_alpha")
     if used & {"heads", "channels"}:
+        settings["update"] = draw(st.sampled_from(("none", "least-squares")), label="update")
+        if "channels" in used and draw(st.integers(0, 3), label="obs") == 0:
+            settings["selection"] = "obs"
+        if "selection" in settings or settings["update"] != "none":
+            settings["ridge"] = draw(st.sampled_from((1e-4, 1e-6, 0.1)), label="ridge")
+    if "heads" in used or ("channels" in used and "selection" not in settings):
         settings["importance"] = draw(st.sampled_from(importance), label="importance")
         settings["aggregation"] = draw(st.sampled_from(("l2", "l1", "linf")), label="aggregation")
         settings["least_important"] = draw(st.sampled_from((0.0, 0.01, 0.1)), label="least")
@@ -140,6 +146,8 @@ Case = tuple[own.SmallLlama, CompressionConfig, own.Ids]
     "algorithm.low-rank",
     "algorithm.heads",
     "algorithm.scores",
+    "algorithm.update",
+    "obs.keep",
     "budget.layer-ratio",
     "mgaa.measure",
     "mgaa.plan",

@@ -24,6 +24,7 @@ TOLERANCES = (
     "eigen",
     "product",
     "forward",
+    "refit",
 )
 
 BEGIN, END = "<!-- traceability:begin -->", "<!-- traceability:end -->"

@@ -17,6 +17,7 @@ from . import (
     mgaa,
     pca,
     pruning,
+    regression,
     statistics,
     wanda,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "mgaa",
     "pca",
     "pruning",
+    "regression",
     "statistics",
     "wanda",
 ]

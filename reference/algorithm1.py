@@ -21,6 +21,7 @@ from .importance import (
 )
 from .lowrank import Weighting
 from .pruning import kept_channels, prune_ffn
+from .regression import least_squares_update, removal_order
 
 Array = NDArray[np.float64]
 LowRank = Literal["awsvd", "svd", "asvd", "pca", "afm"]
@@ -56,6 +57,12 @@ class Settings:
         Factor the stack of q and k.
     importance : {"activation", "magnitude", "taylor"}
         Scores of single weights.
+    selection : {"scores", "obs"}
+        Channels by Eq. (11), or removed one by one by ``regression.removal_order``.
+    update : {"none", "least-squares"}
+        Whether down and o are refitted on the channels and heads that stay.
+    ridge : float
+        As in ``regression.ridged_correlation``.
     asvd_alpha : float
         As in ``lowrank.magnitude_scale``.
     between, within : bool
@@ -74,6 +81,9 @@ class Settings:
     ffn: LowRank | Literal["channels"] | None = "channels"
     joint_qk: bool = False
     importance: Literal["activation", "magnitude", "taylor"] = "activation"
+    selection: Literal["scores", "obs"] = "scores"
+    update: Literal["none", "least-squares"] = "none"
+    ridge: float = 1e-4
     asvd_alpha: float = 0.5
     between: bool = False
     within: bool = False
@@ -123,7 +133,7 @@ class CompressedLayer:
     kept, kept_heads : (width,) and (groups,), or None
         Channels and groups of heads that stay, None where none are pruned.
     scores, head_scores : (d_m,) and (kv_heads,), or None
-        Their scores, Eq. (10).
+        Their scores, Eq. (10); None where there are none.
     trace : llama.LayerTrace
         Inputs of the linears in the forward of the UNcompressed layer, from which the statistics
         are taken.
@@ -358,8 +368,8 @@ def compress_ffn(
     band: tuple[int, int],
     settings: Settings,
     gradients: Mapping[str, Array] | None = None,
-) -> tuple[dict[str, Array], NDArray[np.int64], Array]:
-    """The FFN step: group scores by Eq. (10), channels by Eq. (11).
+) -> tuple[dict[str, Array], NDArray[np.int64], Array | None]:
+    """The FFN step: group scores by Eq. (10), channels by Eq. (11); or by least squares.
 
     Parameters
     ----------
@@ -378,19 +388,26 @@ def compress_ffn(
         The new tensors of the FFN's linears.
     kept : (width,)
         Kept channels.
-    scores : (d_m,)
-        Group scores.
+    scores : (d_m,) or None
+        Group scores; None for ``obs``.
 
     Notes
     -----
-    SPEC: ``algorithm.ffn``. The biases of gate and up lose the entries of the removed channels;
-    down's bias belongs to no channel and stays.
+    SPEC: ``algorithm.ffn``, ``algorithm.update``, ``obs.keep``. The biases of gate and up lose the
+    entries of the removed channels; down's bias belongs to no channel and stays.
     """
-    gate, up, down = (weight_scores(layer, trace, m, settings, gradients) for m in FFN)
-    scores = group_scores(up, gate, down, settings.aggregation)
-    kept = kept_channels(scores, *band)
-    gate, up, down = (layer[f"{name}.weight"] for name in FFN.values())
-    up, gate, down = prune_ffn(up, gate, down, kept)
+    gate, up, W_down = (layer[f"{name}.weight"] for name in FFN.values())
+    scores = None
+    if settings.selection == "obs":
+        C = statistics.second_moment(input_of("down", trace))
+        order, _ = removal_order(W_down, C, band[1] - band[0], settings.ridge)
+        kept = np.setdiff1d(np.arange(W_down.shape[1]), order)
+    else:
+        of_gate, of_up, of_down = (weight_scores(layer, trace, m, settings, gradients) for m in FFN)
+        scores = group_scores(of_up, of_gate, of_down, settings.aggregation)
+        kept = kept_channels(scores, *band)
+    up, gate, down = prune_ffn(up, gate, W_down, kept)
+    down = updated(down, W_down, input_of("down", trace), kept, settings)
     new = {
         f"{FFN['gate']}.weight": gate,
         f"{FFN['up']}.weight": up,
@@ -401,6 +418,30 @@ def compress_ffn(
             bias = layer[f"{name}.bias"]
             new[f"{name}.bias"] = bias if m == "down" else bias[kept]
     return new, kept, scores
+
+
+def updated(
+    pruned: Array, W: Array, X: Array, kept: NDArray[np.int64], settings: Settings
+) -> Array:
+    """What reads the channels or heads that stay: as it was, or by least squares.
+
+    Parameters
+    ----------
+    pruned : (d_out, k)
+        The kept columns of W.
+    W : (d_out, d_in)
+    X : (tokens, d_in)
+        Its input.
+    kept : (k,)
+    settings : Settings
+
+    Notes
+    -----
+    SPEC: ``algorithm.update``.
+    """
+    if settings.update == "none" or kept.size == W.shape[1]:
+        return pruned
+    return least_squares_update(W, statistics.second_moment(X), kept, settings.ridge)
 
 
 def compress_heads(
@@ -432,7 +473,7 @@ def compress_heads(
 
     Notes
     -----
-    SPEC: ``algorithm.heads``.
+    SPEC: ``algorithm.heads``, ``algorithm.update``.
     """
     q, k, v, o = (weight_scores(layer, trace, m, settings, gradients) for m in MHA)
     scores = heads.head_scores(q, k, v, o, shape.kv_heads, settings.aggregation)
@@ -444,6 +485,9 @@ def compress_heads(
             MHA.values(), heads.prune_heads(q, k, v, o, kept, shape.kv_heads), strict=True
         )
     }
+    name, W_o = f"{MHA['o']}.weight", layer[f"{MHA['o']}.weight"]
+    columns = heads.head_rows(kept, W_o.shape[1], shape.kv_heads)
+    new[name] = updated(new[name], W_o, input_of("o", trace), columns, settings)
     for m, name in MHA.items():
         if f"{name}.bias" in layer:
             bias = layer[f"{name}.bias"]

@@ -91,11 +91,13 @@ def test_every_setting_is_an_option_or_a_list_in_the_recipe() -> None:
 def test_defaults_in_the_help_are_those_of_the_settings() -> None:
     shown = {p.name: p.show_default for p in COMMANDS["compress"].params}
     defaults = CompressionConfig()
-    for name in ("ratio_scope", "mha", "ffn", "importance", "aggregation", "weighting", "device"):
+    texts = ("ratio_scope", "mha", "ffn", "importance", "aggregation", "weighting", "device")
+    for name in (*texts, "selection", "update"):
         assert shown[name] == getattr(defaults, name)
     for name in ("samples", "seqlen", "seed"):
         assert shown[name] == str(getattr(defaults, name))
-    for name in ("allocation", "least_important", "asvd_alpha", "mgaa_alpha", "mgaa_floor"):
+    shares = ("allocation", "least_important", "asvd_alpha", "mgaa_alpha", "mgaa_floor", "ridge")
+    for name in shares:
         assert float(shown[name]) == getattr(defaults, name)
     assert (shown["joint_qk"], defaults.joint_qk) == ("no", False)
     assert shown["sublayers"] == ",".join(defaults.sublayers)
@@ -243,6 +245,7 @@ OPTIONS: list[dict[str, Any]] = [
         "aggregation": "l1",
         "importance": "taylor",
     },
+    {"selection": "obs", "update": "least-squares", "ridge": 0.01},
     {
         "mha": "pca",
         "ffn": "asvd",

@@ -42,6 +42,9 @@ COVERED = {
     "importance",
     "least_important",
     "aggregation",
+    "selection",
+    "update",
+    "ridge",
     "weighting",
     "asvd_alpha",
     "sublayers",
@@ -252,6 +255,40 @@ def test_importance_chooses_other_channels(bench: Bench, base: Written) -> None:
         assert not same(found[index].weights, found[other].weights, "layers.0.mlp")
 
 
+def test_selection_chooses_other_channels(bench: Bench, base: Written) -> None:
+    other = bench.compress("--selection", "obs")
+    assert same(other.weights, base.weights, "layers.0.self_attn")
+    assert not same(other.weights, base.weights, "layers.0.mlp")
+    assert other.widths() == base.widths()
+
+
+def test_update_refits_what_reads_the_rest(bench: Bench, base: Written) -> None:
+    other = bench.compress("--update", "least-squares")
+    for part in ("self_attn", "mlp.gate", "mlp.up"):
+        assert same(other.weights, base.weights, f"layers.0.{part}")
+    assert not same(other.weights, base.weights, "layers.0.mlp.down")
+    heads = [
+        bench.compress("--mha", "heads", *words) for words in ([], ["--update", "least-squares"])
+    ]
+    assert same(heads[0].weights, heads[1].weights, "layers.0.self_attn.v")
+    assert not same(heads[0].weights, heads[1].weights, "layers.0.self_attn.o")
+    assert {name: t.shape for name, t in other.weights.items()} == {
+        name: t.shape for name, t in base.weights.items()
+    }
+
+
+def test_ridge_holds_the_weights_back(bench: Bench, base: Written) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    moved = [
+        torch.linalg.norm(
+            bench.compress("--update", "least-squares", "--ridge", ridge).weights[name]
+            - base.weights[name]
+        )
+        for ridge in (1e-4, 1e-2, 1)
+    ]
+    assert moved[0] > moved[1] > moved[2] > 0
+
+
 def test_asvd_alpha_weights_the_features(bench: Bench) -> None:
     flat, steep = (bench.compress("--mha", "asvd", "--asvd-alpha", a) for a in (0, 2))
     plain = bench.compress("--mha", "svd")
@@ -270,6 +307,11 @@ def test_asvd_alpha_weights_the_features(bench: Bench) -> None:
         (["--joint-qk", "--sublayers", "ffn"], "low-rank attention"),
         (["--importance", "taylor", "--ffn", "svd"], "ffn channels or mha heads"),
         (["--aggregation", "l1", "--sublayers", "mha"], "ffn channels or mha heads"),
+        (["--selection", "obs", "--ffn", "pca"], "ffn channels"),
+        (["--selection", "obs", "--importance", "taylor"], "selection scores or mha heads"),
+        (["--selection", "obs", "--least-important", 0.1], "selection scores or mha heads"),
+        (["--update", "least-squares", "--ffn", "svd"], "ffn channels or mha heads"),
+        (["--ridge", 0.1], "selection obs or update least-squares"),
         (["--mgaa-alpha", 0.1], "allocation mgaa"),
         (["--mgaa-alpha", 0.1, "--allocation", "mgaa-within"], "allocation mgaa"),
         (["--allocation", "mgaa-within", "--mha", "heads"], "a low-rank method"),

@@ -59,11 +59,16 @@ def low_rank_method(settings: CompressionConfig, sublayer: Sublayer) -> Method:
     return method
 
 
-def needed(module: Module, settings: CompressionConfig) -> frozenset[Statistic]:
-    """Return what a module was compressed by."""
+def needed(module: Module, role: str, settings: CompressionConfig) -> frozenset[Statistic]:
+    """Return what a module was compressed by, of the input of its linear of that role."""
     if module.rank is not None:
         return TOLD[low_rank_method(settings, module.sublayer)]
-    if module.band is not None and settings.importance == "activation":
+    if module.band is None:
+        return frozenset()
+    one_by_one = module.unit == "channels" and settings.selection == "obs"
+    if role in ("o", "down") and (one_by_one or settings.update != "none"):
+        return frozenset({"moment"})
+    if settings.importance == "activation" and not one_by_one:
         return frozenset({"squares"})
     return frozenset()
 
@@ -74,7 +79,7 @@ Sums = Mapping[Statistic, Pair[Array]]
 def collect(
     steps: Iterable[Step],
     modules: Iterable[Module],
-    needs: Callable[[Module], frozenset[Statistic]],
+    needs: Callable[[Module, str], frozenset[Statistic]],
     where: str,
 ) -> dict[Input, Sums]:
     """Take sums over the tokens of a layer's inputs, in both runs.
@@ -86,7 +91,7 @@ def collect(
     modules : iterable of Module
         Of the layer.
     needs : callable
-        What a module needs of the inputs of its linears.
+        What a module needs of the input of its linear of that role.
     where : str
         What the layer is, for the error.
 
@@ -102,8 +107,9 @@ def collect(
     """
     wanted: dict[Input, set[Statistic]] = {}
     for module in modules:
-        for role in module.roles if needs(module) else ():
-            wanted.setdefault(INPUT_OF[role], set()).update(needs(module))
+        for role in module.roles:
+            if needs(module, role):
+                wanted.setdefault(INPUT_OF[role], set()).update(needs(module, role))
     sums: dict[Input, dict[Statistic, Pair[Array]]] = {kind: {} for kind in wanted}
     for step in steps:
         for kind, names in wanted.items():

@@ -68,9 +68,11 @@ def _inputs(
 ) -> dict[Input, Inputs]:
     """Recompute what the layer was compressed by, and compare what is recorded of it."""
     settings, modules = context.record.settings, context.plan.layers[index].values()
-    if not any(needed(module, settings) for module in modules):
+    if not any(needed(module, role, settings) for module in modules for role in module.roles):
         return {}
-    sums = collect(runs.forward(given), modules, lambda m: needed(m, settings), f"layers.{index}")
+    sums = collect(
+        runs.forward(given), modules, lambda m, role: needed(m, role, settings), f"layers.{index}"
+    )
     eps = context.compute.eps
     return {
         kind: against_record(found, runs.tokens, kind, index, context.record, eps)

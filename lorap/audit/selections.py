@@ -15,6 +15,7 @@ from lorap.audit.comparisons import EPS64, equal, number, same_bits
 from lorap.audit.context import Context
 from lorap.audit.files import linear_name, pruned_axis
 from lorap.audit.inputs import INPUT_OF, Input, Inputs
+from lorap.audit.refits import READER, refit_checks
 from lorap.audit.results import Check
 from lorap.audit.sizes import Module
 from lorap.config import Sublayer
@@ -52,6 +53,9 @@ def selection_checks(
     if not kept.size:
         return checks
     checks += _sliced(context, module, kept, given, held)
+    checks += refit_checks(context, module, kept, given, held, inputs, said)
+    if module.unit == "channels" and settings.selection == "obs":
+        return checks
     if settings.importance == "taylor":
         return checks + _by_scores(context, module, kept, said)
 
@@ -142,12 +146,13 @@ def _sliced(
     given: Mapping[str, Tensor],
     held: Mapping[str, Tensor],
 ) -> list[Check]:
-    """Compare what is left of the block's tensors, bit for bit."""
+    """Compare what is left of the block's tensors, bit for bit; not what is refitted."""
     checks = []
+    refitted = READER[module.sublayer] if context.record.settings.update != "none" else None
     for role in module.roles:
         for kind in ("weight", "bias"):
             name = f"{linear_name(context.reader.family, role)}.{kind}"
-            if name not in given:
+            if name not in given or (role == refitted and kind == "weight"):
                 continue
             part, axis = given[name], pruned_axis(role, kind)
             if axis is not None:

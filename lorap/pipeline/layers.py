@@ -90,7 +90,9 @@ def compress_layers(
     for index, original in read_ahead(decoder.tensors, range(first, decoder.layers)):
         started = time.perf_counter()
         layer_plan = plan.layers[index]
-        wanted = wanted_statistics(family, layer_plan, lambda module: statistics_of(module, config))
+        wanted = wanted_statistics(
+            family, layer_plan, lambda module, role: statistics_of(module, role, config)
+        )
         inputs = {}
         if wanted:
             dense = decoder.build(dense_config, index, original)
