@@ -164,6 +164,15 @@ _Ratio = Annotated[
         "here or in the recipe.",
     ),
 ]
+_Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="lorap|mgaa|best",
+        help="Defaults of the other options. lorap: the paper. mgaa: MGAA, all matrices by pca of "
+        "the outputs. best: what keeps most of the model. Options that are given win.",
+        show_default="lorap",
+    ),
+]
 _RatioScope = Annotated[
     str | None,
     typer.Option(
@@ -378,6 +387,7 @@ def plan(
     ctx: typer.Context,
     model: _Model,
     ratio: _Ratio = None,
+    preset: _Preset = None,
     ratio_scope: _RatioScope = None,
     mha: _Mha = None,
     ffn: _Ffn = None,
@@ -447,6 +457,7 @@ def compress(
     ] = None,
     calibration: _Calibration = None,
     field: _Field = None,
+    preset: _Preset = None,
     ratio_scope: _RatioScope = None,
     mha: _Mha = None,
     ffn: _Ffn = None,
@@ -689,7 +700,7 @@ def demo(
 
 
 def _settings(ctx: typer.Context) -> tuple[CompressionConfig, dict[str, Any]]:
-    """Return the settings of the compression and of the run: options, else recipe, else defaults.
+    """Return the settings of the compression and of the run: options, else recipe, else preset.
 
     Raises
     ------
@@ -709,7 +720,8 @@ def _settings(ctx: typer.Context) -> tuple[CompressionConfig, dict[str, Any]]:
         **(recipe.run if recipe else {}),
         **{name: value for name, value in given.items() if name in RUN_OPTIONS},
     }
-    return CompressionConfig(**settings), run
+    preset = given.get("preset", recipe.preset if recipe else "lorap")
+    return CompressionConfig.from_preset(preset, **settings), run
 
 
 def _quieten() -> None:

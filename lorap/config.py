@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from lorap.errors import UsageError
 
@@ -29,6 +29,15 @@ MgaaAllocation = Literal["mgaa", "mgaa-between", "mgaa-within"]
 Device = Literal["auto", "cpu", "cuda"]
 Activations = Literal["auto", "device", "cpu", "disk"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
+
+Preset = Literal["lorap", "mgaa", "best"]
+
+PRESETS: Mapping[Preset, Mapping[str, Any]] = {
+    "lorap": {},
+    "mgaa": {"mha": "pca", "ffn": "pca", "joint_qk": True, "allocation": "mgaa"},
+    "best": {"mha": "pca", "selection": "obs", "update": "least-squares"},
+}
+"""Defaults that a preset puts in the place of the usual ones."""
 
 SMALLEST_RIDGE = 1e-6
 """Above what the rounding of a moment can take off an eigenvalue of the correlations."""
@@ -90,6 +99,14 @@ class Override:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _int(f"{where}: {name}", value, 1))
+
+
+class _NoEffectError(UsageError):
+    """A setting that nothing would obey beside the others."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -282,7 +299,37 @@ class CompressionConfig:
             value = getattr(self, field_.name)
             obeyed, what = needed.get(field_.name, (True, ""))
             if value != field_.default and not obeyed:
-                raise UsageError(f"{field_.name} {value}: has no effect without {what}")
+                raise _NoEffectError(
+                    field_.name, f"{field_.name} {value}: has no effect without {what}"
+                )
+
+    @classmethod
+    def from_preset(cls, preset: Preset, **settings: Any) -> Self:
+        """Return the settings that a preset stands for, but for those given.
+
+        Parameters
+        ----------
+        preset : {"lorap", "mgaa", "best"}
+            ``lorap``: the paper. ``mgaa``: MGAA, all matrices by PCA of the outputs, q and k
+            together. ``best``: the settings that keep most of the model, by the measurements in
+            ``bench/RESULTS.md``.
+        **settings
+            Win over the preset. What of the preset has no effect beside them is left out.
+
+        Raises
+        ------
+        UsageError
+            If there is no such preset, or as for the class.
+        """
+        _check_choice("preset", preset, get_args(Preset))
+        defaults = dict(PRESETS[preset])
+        while True:
+            try:
+                return cls(**(defaults | settings))
+            except _NoEffectError as error:
+                if error.name in settings or error.name not in defaults:
+                    raise
+                del defaults[error.name]
 
     @property
     def measures_similarity(self) -> bool:
@@ -343,10 +390,12 @@ class Recipe:
         Fields of ``CompressionConfig`` that the file gives.
     run : mapping
         Of ``RUN_OPTIONS``, those that the file gives.
+    preset : {"lorap", "mgaa", "best"}
     """
 
     settings: Mapping[str, Any]
     run: Mapping[str, Any]
+    preset: Preset = "lorap"
 
 
 RUN_OPTIONS: Mapping[str, type] = {
@@ -388,7 +437,7 @@ def load_recipe(path: str | Path) -> Recipe:
     if not isinstance(content, dict):
         raise UsageError(f"recipe {path}: expected a mapping of options, got {_kind(content)}")
     settings_keys = [f.name for f in dataclasses.fields(CompressionConfig)]
-    _check_keys(f"recipe {path}", content, [*settings_keys, *RUN_OPTIONS])
+    _check_keys(f"recipe {path}", content, [*settings_keys, "preset", *RUN_OPTIONS])
 
     content = _given(content)
     settings = {key: value for key, value in content.items() if key in settings_keys}
@@ -399,8 +448,9 @@ def load_recipe(path: str | Path) -> Recipe:
         if type(value) is not RUN_OPTIONS[key]:
             expected = "true or false" if RUN_OPTIONS[key] is bool else "a text"
             raise UsageError(f"recipe {path}: {key}: expected {expected}, got {value!r}")
-    CompressionConfig(**settings)
-    return Recipe(settings=settings, run=run)
+    preset = content.get("preset", "lorap")
+    CompressionConfig.from_preset(preset, **settings)
+    return Recipe(settings=settings, run=run, preset=preset)
 
 
 def _parse_yaml(text: str, path: str | Path) -> object:

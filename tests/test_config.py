@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorap.config import CompressionConfig, Override, load_recipe
+from lorap.config import PRESETS, CompressionConfig, Override, load_recipe
 from lorap.errors import UsageError
 
 
@@ -79,6 +79,24 @@ def test_values_of_another_kind_are_refused(given: dict[str, Any], fragment: str
     with pytest.raises(UsageError) as caught:
         CompressionConfig(**given)
     assert fragment in str(caught.value)
+
+
+def test_a_preset_gives_defaults() -> None:
+    for name, settings in PRESETS.items():
+        config = CompressionConfig.from_preset(name, ratio=0.2)
+        assert config == CompressionConfig(ratio=0.2, **settings)
+    assert CompressionConfig.from_preset("lorap") == CompressionConfig()
+
+
+def test_what_is_given_wins_over_a_preset_and_drops_what_has_no_effect_beside_it() -> None:
+    best = CompressionConfig.from_preset("best", ffn="pca")
+    assert (best.ffn, best.mha, best.selection, best.update) == ("pca", "pca", "scores", "none")
+    mgaa = CompressionConfig.from_preset("mgaa", mha="heads", ffn="channels")
+    assert (mgaa.joint_qk, mgaa.allocation) == (False, "mgaa")
+    with pytest.raises(UsageError, match="importance taylor: has no effect"):
+        CompressionConfig.from_preset("best", importance="taylor")
+    with pytest.raises(UsageError, match="expected one of lorap, mgaa, best, got 'paper'"):
+        CompressionConfig.from_preset("paper")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("allocation", [0.001, 1, 1000])

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from lorap import cli
 from lorap.checkpoint.reader import CheckpointReader
+from lorap.config import PRESETS
 from lorap.pipeline.activations import Store
 from tests.tiny_models import save_tiny_checkpoint
 
@@ -42,6 +43,7 @@ COVERED = {
     "importance",
     "least_important",
     "aggregation",
+    "preset",
     "selection",
     "update",
     "ridge",
@@ -253,6 +255,19 @@ def test_importance_chooses_other_channels(bench: Bench, base: Written) -> None:
     for index, other in ((0, 1), (0, 2), (1, 2)):
         assert same(found[index].weights, found[other].weights, "layers.0.self_attn")
         assert not same(found[index].weights, found[other].weights, "layers.0.mlp")
+
+
+def test_preset_stands_for_its_settings(bench: Bench, base: Written) -> None:
+    assert same(bench.compress("--preset", "lorap").weights, base.weights)
+    for preset in ("mgaa", "best"):
+        words = [
+            word
+            for name, value in PRESETS[preset].items()  # type: ignore[index]
+            for word in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))
+        ]
+        written = bench.compress("--preset", preset)
+        assert same(written.weights, bench.compress(*words).weights)
+        assert not same(written.weights, base.weights)
 
 
 def test_selection_chooses_other_channels(bench: Bench, base: Written) -> None:
