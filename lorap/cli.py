@@ -268,11 +268,21 @@ _Update = Annotated[
         show_default="none",
     ),
 ]
+_DenseTarget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Fit each matrix, those that stay dense too, to outputs between its own at the "
+        "compressed model's inputs (0) and the uncompressed model's (1), each on what is "
+        "compressed before it in its layer.",
+        show_default="off",
+    ),
+]
 _Ridge = Annotated[
     float | None,
     typer.Option(
-        help="obs, least-squares: share of a feature's sum of squares that is added to it, from "
-        "1e-6 to 1.",
+        help="obs, least-squares, dense-target: share of a feature's sum of squares that is added "
+        "to it, from 1e-6 to 1.",
         show_default="1e-4",
     ),
 ]
@@ -473,6 +483,7 @@ def compress(
     least_important: _LeastImportant = None,
     selection: _Selection = None,
     update: _Update = None,
+    dense_target: _DenseTarget = None,
     ridge: _Ridge = None,
     samples: _Samples = None,
     seqlen: _Seqlen = None,

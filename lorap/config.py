@@ -35,7 +35,12 @@ Preset = Literal["lorap", "mgaa", "best"]
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     "lorap": {},
     "mgaa": {"mha": "pca", "ffn": "pca", "joint_qk": True, "allocation": "mgaa"},
-    "best": {"mha": "pca", "selection": "obs", "update": "least-squares"},
+    "best": {
+        "mha": "pca",
+        "selection": "obs",
+        "update": "least-squares",
+        "dense_target": 0.5,
+    },
 }
 """Defaults that a preset puts in the place of the usual ones."""
 
@@ -148,9 +153,13 @@ class CompressionConfig:
     update : {"none", "least-squares"}
         What becomes of down after channels are removed, and of o after heads are: the weights that
         stay, or those that come nearest to the outputs with all channels or heads.
+    dense_target : float or None
+        Fit each matrix, those that stay dense too, to outputs between its own at the compressed
+        model's inputs (0) and the uncompressed model's (1), stage by stage: o and down see what is
+        compressed before them. None: each matrix is approximated as it is.
     ridge : float
-        Share of an input feature's sum of squares that ``obs`` and ``least-squares`` add to it,
-        from 1e-6 to 1.
+        Share of an input feature's sum of squares that ``obs``, ``least-squares`` and
+        `dense_target` add to it, from 1e-6 to 1.
     weighting : {"eq7", "eq6"}
         Whether the squared errors are weighted by the squared norms (Eq. 7) or the norms (Eq. 6).
     asvd_alpha : float
@@ -193,6 +202,7 @@ class CompressionConfig:
     aggregation: Aggregation = "l2"
     selection: Selection = "scores"
     update: Update = "none"
+    dense_target: float | None = None
     ridge: float = 1e-4
     weighting: Weighting = "eq7"
     asvd_alpha: float = 0.5
@@ -235,6 +245,12 @@ class CompressionConfig:
         _check_choice("aggregation", self.aggregation, get_args(Aggregation))
         _check_choice("selection", self.selection, get_args(Selection))
         _check_choice("update", self.update, get_args(Update))
+        if self.dense_target is not None:
+            store("dense_target", _number("dense_target", self.dense_target))
+            if not 0 <= self.dense_target <= 1:
+                raise UsageError(
+                    f"dense_target: expected a share from 0 to 1, got {self.dense_target!r}"
+                )
         store("ridge", _number("ridge", self.ridge))
         if not SMALLEST_RIDGE <= self.ridge <= 1:
             raise UsageError(
@@ -289,8 +305,10 @@ class CompressionConfig:
             "selection": ("channels" in methods, "ffn channels"),
             "update": (bool(pruned), "ffn channels or mha heads"),
             "ridge": (
-                by_loss or (bool(pruned) and self.update != "none"),
-                "selection obs or update least-squares",
+                by_loss
+                or (bool(pruned) and self.update != "none")
+                or self.dense_target is not None,
+                "selection obs, update least-squares or dense_target",
             ),
             "weighting": ("awsvd" in methods, "mha or ffn awsvd"),
             "asvd_alpha": ("asvd" in methods, "mha or ffn asvd"),
@@ -486,6 +504,7 @@ _NUMBER_KEYS = (
     "mgaa_alpha",
     "mgaa_floor",
     "asvd_alpha",
+    "dense_target",
     "ridge",
 )
 

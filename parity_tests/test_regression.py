@@ -9,7 +9,9 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from lorap.ops import regression as ours
+from lorap.ops import statistics
 from lorap_reference import regression as reference
+from lorap_reference import statistics as reference_statistics
 from parity_tests import compare, tolerances
 from parity_tests import strategies as own
 from parity_tests.tolerances import EPS32, EPS64
@@ -121,3 +123,52 @@ def test_equal_costs_go_by_index(size: int, count: int, seed: int) -> None:
     compare.relatively_close("equal costs", losses, expected, tolerances.positive_sum(4))
     costs = W[0] * np.diag(C)
     assert theirs.tolist() == sorted(range(size), key=lambda j: (costs[j], j))[:count]
+
+
+@pytest.mark.spec("target.regression", "precision.decomposition")
+@given(
+    problem=removals(),
+    layout=own.layouts,
+    dtype=dtypes,
+    share=st.sampled_from((0.0, 0.3, 1.0)),
+    seed=own.seeds,
+)
+def test_regressed_weight(
+    problem: Removal, layout: own.Layout, dtype: Dtype, share: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    W, C = own.pair(problem.W, layout, dtype[0]), own.pair(problem.C)
+    others = problem.X * rng.uniform(0.5, 1.5, problem.X.shape)
+    M = own.pair(others.T @ problem.X)
+    arguments = (share, problem.ridge)
+    mine = ours.regressed_weight(W.tensor, C.tensor, M.tensor, *arguments)
+    theirs = reference.regressed_weight(W.array, C.array, M.array, *arguments)
+    assert all(pair.unchanged() for pair in (W, C, M))
+    assert mine.dtype == dtype[0]
+    d = np.sqrt(np.diag(C.array))
+    if share == 0:
+        compare.exact("regression without a share", mine, W.array)
+    compare.exact("regression of dead columns", mine[:, d == 0], W.array[:, d == 0])
+    bound = tolerances.regressed_weight(W.array, C.array, M.array, *arguments)
+    if dtype[1] != EPS64:
+        bound += dtype[1] * float(np.linalg.norm(theirs * d))
+    deviation = np.linalg.norm((compare.as_array(mine) - theirs) * d)
+    compare.within("regressed weight", deviation, bound)
+
+
+@pytest.mark.spec("stats.cross-moment", "stats.padding", "precision.statistics")
+@given(problem=removals(), layout=own.layouts, dtype=dtypes, masked=st.booleans(), seed=own.seeds)
+def test_cross_moment(
+    problem: Removal, layout: own.Layout, dtype: Dtype, masked: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    Y = rng.standard_normal((len(problem.X), int(rng.integers(1, 6))))
+    pairs = own.pair(problem.X, layout, dtype[0]), own.pair(Y, layout, dtype[0])
+    mask = rng.random(len(Y)) < 0.5 if masked else np.ones(len(Y), dtype=bool)
+    mine = statistics.cross_moment(
+        pairs[0].tensor, pairs[1].tensor, torch.from_numpy(mask) if masked else None
+    )
+    X, Y = (pair.array[mask] for pair in pairs)
+    assert all(pair.unchanged() for pair in pairs)
+    bound = tolerances.inner(len(X), np.abs(X).T @ np.abs(Y))
+    compare.close("cross moment", mine, reference_statistics.cross_moment(X, Y), bound)

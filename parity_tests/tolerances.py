@@ -867,3 +867,22 @@ def removal_cost(
     columns = float(np.linalg.norm(V)) + float(np.sqrt(lost * inverse))
     summed = 8 * sum(V.shape) * EPS64 * columns**2 * (K[0, 0] if len(K) else 0.0)
     return 4 * lost * inverse * moved + 4 * (relative + 4 * EPS64) * lost + summed
+
+
+def regressed_weight(W: Array, C: Array, M: Array, share: float, ridge: float) -> float:
+    """Distance of regressed weights, each column times the norm of its feature: Frobenius norm.
+
+    The change in these units is ``N K^-1``, ``N = W (M - C) D^-1``.
+    """
+    d, K = correlation_of(C, ridge)
+    if not len(d):
+        return 0.0
+    unit = np.where(d > 0, d, 1.0)
+    N = W @ (M - C) / unit
+    inverse = 1 / float(np.linalg.eigvalsh(K)[0])
+    size = float(np.linalg.norm(N @ np.linalg.inv(K)))
+    terms = np.abs(W) @ (np.abs(M) + np.abs(C)) / unit
+    missed = float(np.linalg.norm(inner(len(d) + 3, terms)))
+    moved = float(np.linalg.norm(ridged_correlation(K))) + solved(K)
+    whole = float(np.linalg.norm(W * d)) + share * size
+    return share * inverse * (missed + size * moved) + 6 * EPS64 * whole

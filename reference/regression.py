@@ -112,3 +112,37 @@ def removal_order(W: Array, C: Array, count: int, ridge: float) -> tuple[Indices
         V = V - np.outer(V[:, j], c)
         P = P - np.outer(P[:, j], c)
     return order, losses
+
+
+def regressed_weight(W: Array, C: Array, M: Array, share: float, ridge: float) -> Array:
+    """Regress, from the inputs X at hand, outputs between ``X W^T`` and those at other inputs.
+
+    With ``X_d`` the other inputs of the same tokens, the targets are
+    ``(1 - share) X W^T + share X_d W^T``, and the regression is
+    ``W + share W (M - C) (C + ridge diag(C))^-1``.
+
+    Parameters
+    ----------
+    W : (d_out, d_in)
+    C : (d_in, d_in)
+        ``second_moment`` of X.
+    M : (d_in, d_in)
+        ``cross_moment`` of X_d and X.
+    share : float
+        From 0 to 1.
+    ridge : float
+        As in ``ridged_correlation``.
+
+    Returns
+    -------
+    (d_out, d_in)
+
+    Notes
+    -----
+    SPEC: ``target.regression``.
+    """
+    d, K = ridged_correlation(C, ridge)
+    unit = np.where(d > 0, d, 1.0)
+    missed = (W @ (M - C)) / unit
+    change = linalg.cho_solve(linalg.cho_factor(K, lower=True), missed.T).T / unit
+    return np.asarray(W + share * np.where(d > 0, change, 0.0))

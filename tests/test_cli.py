@@ -100,6 +100,7 @@ def test_defaults_in_the_help_are_those_of_the_settings() -> None:
     for name in shares:
         assert float(shown[name]) == getattr(defaults, name)
     assert (shown["joint_qk"], defaults.joint_qk) == ("no", False)
+    assert (shown["dense_target"], defaults.dense_target) == ("off", None)
     assert shown["sublayers"] == ",".join(defaults.sublayers)
 
 
@@ -245,7 +246,7 @@ OPTIONS: list[dict[str, Any]] = [
         "aggregation": "l1",
         "importance": "taylor",
     },
-    {"selection": "obs", "update": "least-squares", "ridge": 0.01},
+    {"selection": "obs", "update": "least-squares", "dense_target": 0.5, "ridge": 0.01},
     {
         "mha": "pca",
         "ffn": "asvd",

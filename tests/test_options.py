@@ -46,6 +46,7 @@ COVERED = {
     "preset",
     "selection",
     "update",
+    "dense_target",
     "ridge",
     "weighting",
     "asvd_alpha",
@@ -292,6 +293,13 @@ def test_update_refits_what_reads_the_rest(bench: Bench, base: Written) -> None:
     }
 
 
+def test_dense_target_is_what_the_matrices_are_fitted_to(bench: Bench, base: Written) -> None:
+    found = [bench.compress("--dense-target", share) for share in (0, 0.5, 1)]
+    for index, (one, two) in enumerate(((0, 1), (1, 2))):
+        assert not same(found[one].weights, found[two].weights, "layers.1.mlp.up"), index
+    assert all(written.layers == base.layers for written in found)
+
+
 def test_ridge_holds_the_weights_back(bench: Bench, base: Written) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     moved = [
@@ -326,7 +334,7 @@ def test_asvd_alpha_weights_the_features(bench: Bench) -> None:
         (["--selection", "obs", "--importance", "taylor"], "selection scores or mha heads"),
         (["--selection", "obs", "--least-important", 0.1], "selection scores or mha heads"),
         (["--update", "least-squares", "--ffn", "svd"], "ffn channels or mha heads"),
-        (["--ridge", 0.1], "selection obs or update least-squares"),
+        (["--ridge", 0.1], "selection obs, update least-squares or dense_target"),
         (["--mgaa-alpha", 0.1], "allocation mgaa"),
         (["--mgaa-alpha", 0.1, "--allocation", "mgaa-within"], "allocation mgaa"),
         (["--allocation", "mgaa-within", "--mha", "heads"], "a low-rank method"),

@@ -149,3 +149,42 @@ def test_of_equal_costs_the_lower_index_goes(side: Side) -> None:
     order, losses = side("regression.removal_order", np.ones((2, 5)), C, 5, 1.0)
     assert order.tolist() == [3, 0, 2, 4, 1]
     assert np.allclose(losses, [0, 4, 4, 4, 16])
+
+
+@pytest.mark.spec("target.regression", "stats.cross-moment")
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_regression_is_the_least_squares_fit_of_the_targets(side: Side, share: float) -> None:
+    W, X = problem()
+    others = X + 0.3 * np.random.default_rng(1).standard_normal(X.shape)
+    M = side("statistics.cross_moment", others, X)
+    assert np.allclose(M, sum(np.outer(a, b) for a, b in zip(others, X, strict=True)))
+    found = side("regression.regressed_weight", W, X.T @ X, M, share, RIDGE)
+    # The ridge is as many tokens more, each of which excites one feature, and whose target is W's.
+    ridges = np.diag(np.sqrt(RIDGE) * np.linalg.norm(X, axis=0))
+    targets = (1 - share) * X @ W.T + share * others @ W.T
+    tokens, wanted = np.concatenate([X, ridges]), np.concatenate([targets, ridges @ W.T])
+    expected = np.linalg.lstsq(tokens, wanted, rcond=None)[0].T
+    live = np.linalg.norm(X, axis=0) > 0
+    assert np.allclose(found[:, live], expected[:, live], rtol=1e-9, atol=1e-9)
+    assert np.array_equal(found[:, ~live], W[:, ~live])
+
+
+@pytest.mark.spec("target.regression")
+def test_pca_of_a_regression_is_the_nearest_product_to_the_targets(side: Side) -> None:
+    """Reduced-rank regression, against many other products of the same rank, refitted by turns."""
+    W, X = problem(1)
+    X = np.delete(X, 2, axis=1)
+    W = np.delete(W, 2, axis=1)
+    rng = np.random.default_rng(2)
+    others = X + 0.5 * rng.standard_normal(X.shape)
+    targets = 0.5 * (X + others) @ W.T
+    C, M = X.T @ X, others.T @ X
+    fitted = side("regression.regressed_weight", W, C, M, 0.5, 1e-6)
+    L, R, _ = side("pca.pca", fitted, C, 1)
+    least = float(np.sum((targets - X @ (L @ R).T) ** 2))
+    for _ in range(5):
+        A = rng.standard_normal((3, 1))
+        for _ in range(200):
+            B = np.linalg.lstsq(X, targets @ A / float(np.sum(A**2)), rcond=None)[0].T
+            A = np.linalg.lstsq(X @ B.T, targets, rcond=None)[0].T
+        assert least <= float(np.sum((targets - X @ (A @ B).T) ** 2)) * (1 + 1e-6)

@@ -148,5 +148,40 @@ def removal_order(
     return order, losses
 
 
+def regressed_weight(
+    weight: Tensor, moment: Tensor, cross: Tensor, share: float, ridge: float
+) -> Tensor:
+    """Regress, from the inputs at hand, outputs between the weight's own and those at other inputs.
+
+    Parameters
+    ----------
+    weight : (d_out, d_in)
+        Any floating dtype.
+    moment : (d_in, d_in)
+        ``second_moment`` of the inputs at hand.
+    cross : (d_in, d_in)
+        ``cross_moment`` of the other inputs of the same tokens, and of these.
+    share : float
+        Of the outputs at the other inputs in the targets, from 0 to 1.
+    ridge : float
+        As in ``ridged_correlation``.
+
+    Returns
+    -------
+    (d_out, d_in)
+        In ``compute_dtype(weight)``.
+
+    Notes
+    -----
+    SPEC: ``target.regression``, ``precision.decomposition``.
+    """
+    norms, correlation = ridged_correlation(moment, ridge)
+    unit = _unit(norms)
+    missed = weight.double() @ (cross.double() - moment.double()) / unit
+    change = torch.cholesky_solve(missed.T, torch.linalg.cholesky(correlation)).T / unit
+    change.masked_fill_(norms == 0, 0)
+    return (weight.double() + share * change).to(compute_dtype(weight))
+
+
 def _unit(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, norms, 1.0)

@@ -102,12 +102,30 @@ class LayerTensors:
     family: Family
     config: CompressionConfig
     tensors: dict[str, Tensor]
-    inputs: Mapping[Input, InputStatistics]
+    inputs: dict[Input, InputStatistics] = field(default_factory=dict)
     scores: Mapping[Sublayer, Tensor] = field(default_factory=dict)
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def weight(self, role: str) -> Tensor:
+        """Return the weight of a linear, before anything has become of it."""
+        return self.tensors[f"{self._name(role)}.weight"]
+
+    def replace_(self, role: str, weight: Tensor) -> None:
+        """Compress another weight in the place of a linear's own, and store it in that one's dtype.
+
+        Parameters
+        ----------
+        role : str
+        weight : (d_out, d_in)
+            May be of a wider dtype.
+        """
+        name = self._name(role)
+        self.dtypes[name] = self.tensors[f"{name}.weight"].dtype
+        self.tensors[f"{name}.weight"] = weight
 
     def compress_(self, plan: LayerPlan, where: str) -> None:
-        """Carry out the plan of the layer.
+        """Carry out the plan of the layer, or of some of its modules.
 
         Raises
         ------
@@ -122,8 +140,17 @@ class LayerTensors:
                 self.report[name] |= self._prune_channels_(module)
             elif module.kind == "heads":
                 self.report[name] |= self._prune_heads_(module)
+            for role in module.roles:
+                key = f"{self._name(role)}.weight"
+                if key in self.tensors:
+                    dtype = self._dtype(role, self.tensors[key])
+                    self.tensors[key] = self.tensors[key].to(dtype)
         for name, tensor in self.tensors.items():
             check_weight(f"{where}.{name}", tensor, "the compressed weight")
+
+    def _dtype(self, role: str, weight: Tensor) -> torch.dtype:
+        """Return what a linear's weights are stored in."""
+        return self.dtypes.get(self._name(role), weight.dtype)
 
     def _name(self, role: str) -> str:
         return {**self.family.attention, **self.family.ffn}[role]
@@ -140,8 +167,9 @@ class LayerTensors:
         inputs = self.inputs.get(INPUT_OF[module.roles[0]])
         method = low_rank_method(self.config, module.sublayer)
         factors = factorise(weight, inputs, module.rank, method, self.config)
-        right = factors.right.to(weight.dtype).contiguous()
-        left = factors.left.to(weight.dtype).contiguous()
+        dtype = self._dtype(module.roles[0], weight)
+        right = factors.right.to(dtype).contiguous()
+        left = factors.left.to(dtype).contiguous()
         shared = len(names) > 1
         self.tensors[
             f"{self.family.joint_right}.weight" if shared else f"{names[0]}.right.weight"
@@ -233,7 +261,9 @@ class LayerTensors:
         moment = sums["moment"]
         if self.config.update == "least-squares":
             new = least_squares_update(weight, moment, kept, self.config.ridge)
-            self.tensors[key] = new.to(weight.dtype).contiguous()
+            self.tensors[key] = new.contiguous()
+        # What is measured is what is stored.
+        self.tensors[key] = self.tensors[key].to(self._dtype(role, weight))
         wide = weight.double()
         whole = torch.zeros_like(wide)
         whole[:, kept] = self.tensors[key].double()
