@@ -659,6 +659,35 @@ METHODS: dict[str, dict[str, Any]] = {
     "refitted": {"update": "least-squares", "ratio": 0.5},
     "one by one": {"selection": "obs", "ratio": 0.4},
     "one by one, refitted": {"selection": "obs", "update": "least-squares", "ratio": 0.5},
+    "best": {
+        "mha": "pca",
+        "selection": "obs",
+        "update": "least-squares",
+        "dense_target": 0.5,
+        "ratio": 0.4,
+    },
+    "staged": {"dense_target": 0.5, "ratio": 0.2, "ratio_scope": "layer"},
+    "staged, none of the target": {"dense_target": 0.0, "mha": "asvd", "ffn": "svd"},
+    "staged, joint afm": {"dense_target": 1.0, "mha": "afm", "ffn": "afm", "joint_qk": True},
+    "staged heads": {
+        "dense_target": 0.5,
+        "mha": "heads",
+        "update": "least-squares",
+        "importance": "magnitude",
+        "ratio": 0.5,
+    },
+    "staged by taylor": {"dense_target": 0.3, "importance": "taylor"},
+    "staged with gaps": {
+        "dense_target": 0.5,
+        "mha": "pca",
+        "ratio": 0.2,
+        "ratio_scope": "layer",
+        "overrides": (
+            Override("layers.0", skip=True),
+            Override("layers.1.self_attn.o_proj", skip=True),
+        ),
+    },
+    "staged ffn": {"dense_target": 0.5, "sublayers": ("ffn",), "importance": "magnitude"},
     "taylor": {"importance": "taylor"},
     "heads by taylor": {"mha": "heads", "importance": "taylor", "ratio": 0.5},
     "mgaa": {"allocation": "mgaa"},
@@ -715,6 +744,8 @@ OTHER_IDS = {
     "heads": ("layers.0.self_attn", "norms of the inputs (attention), rms"),
     "heads by magnitude": None,
     "one by one, refitted": ("layers.0.mlp", "norms of the inputs (down), rms"),
+    "best": ("layers.0.mlp", "norms of the inputs (down), rms"),
+    "staged heads": ("layers.1.self_attn", "norms of the inputs (o), rms"),
     "taylor": ("layers.1.ffn.scores", "scores by gradients, rms"),
     "mgaa": ("layers.0.mha.similarity", "similarity"),
     "mgaa-within, all low rank": ("layers.2.mlp.gate_proj.spectrum", "eigenvalues, norm"),
@@ -814,6 +845,50 @@ def test_what_a_refit_gave_is_compared(method: str, module: str, name: str, tmp_
     assert error in caught(lambda t: one_percent((4, int(t[4].abs().argmax())))(t))
     biased = f"{'mlp.gate' if module == 'mlp' else 'self_attn.q'}_proj"
     assert caught(next_up((5, 5)), f"{biased}.weight") == {f"{biased}.weight"}
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "name", "check"),
+    [
+        ("best", "self_attn.q_proj", "left", "error above the optimum"),
+        ("best", "self_attn.o_proj", "right", "error above the optimum"),
+        ("best", "mlp", "gate_proj", "gate: distance of the outputs from the target's"),
+        ("best", "mlp", "down_proj", "down: distance of the outputs from the target's"),
+        ("staged", "self_attn.v_proj", "", "v: distance of the outputs from the target's"),
+        ("staged, joint afm", "mlp.up_proj", "left", "error above the optimum"),
+        ("staged heads", "self_attn", "o_proj", "o: distance of the outputs from the target's"),
+        ("staged with gaps", "self_attn.o_proj", "", "self_attn.o_proj.weight"),
+    ],
+)
+def test_a_changed_entry_of_a_staged_layer_is_caught(
+    method: str, module: str, name: str, check: str, tmp_path: Path
+) -> None:
+    """1% of a large one; one last place of what is skipped."""
+    original, output = pair_by(method, tmp_path, torch.float32)
+    full = f"{LAYER}{module}.{name + '.' if name else ''}weight"
+
+    def edit(tensor: Tensor) -> Tensor:
+        at = divmod(int(tensor.abs().argmax()), tensor.shape[1])
+        return (next_up if check.endswith(".weight") else one_percent)(at)(tensor)
+
+    change(output, full, edit)
+    found = {c.name for c in breaches(audit(original, output, layers=[1]))[f"layers.1.{module}"]}
+    assert check in found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_are_not_fitted_to_their_targets_are_caught(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Those of a run without a target, made to look like one."""
+    original, output = pair_by("staged", tmp_path, dtype)
+    ids = token_ids(8, 24, seed=0)
+    settings = METHODS["staged"] | {"dense_target": 0.0}
+    plain = compress(original, tmp_path / "plain", ids, **settings)
+    report = json.loads((output / REPORT).read_text())["settings"]
+    change_report(plain, lambda r: r.update(settings=report))
+    names = {name for name in breaches(audit(original, plain)) if name.startswith("layers.2")}
+    assert {"layers.2.self_attn.v_proj", "layers.2.mlp"} <= names
 
 
 def test_what_is_said_of_removals_is_compared(tmp_path: Path) -> None:

@@ -43,12 +43,13 @@ TOLD: Mapping[Method, frozenset[Statistic]] = {
 }
 """What a low-rank method is told of an input (rule ``algorithm.low-rank``)."""
 
-_TAKEN: Mapping[Statistic, Callable[[Array], Array]] = {
+TAKEN: Mapping[Statistic, Callable[[Array], Array]] = {
     "squares": statistics.sum_of_squares,
     "magnitudes": statistics.sum_of_magnitudes,
     "sum": statistics.token_sum,
     "moment": statistics.second_moment,
 }
+"""Statistic to what takes it of the tokens ``(n, d_in)``."""
 
 
 def low_rank_method(settings: CompressionConfig, sublayer: Sublayer) -> Method:
@@ -116,7 +117,7 @@ def collect(
             exact = _tokens(getattr(step.trace.exact, kind))
             rounded = _tokens(getattr(step.trace.rounded, kind))
             for name in names:
-                found = Pair(_TAKEN[name](exact), _TAKEN[name](rounded))
+                found = Pair(TAKEN[name](exact), TAKEN[name](rounded))
                 before = sums[kind].get(name)
                 if before is not None:
                     found = Pair(before.exact + found.exact, before.rounded + found.rounded)

@@ -65,7 +65,7 @@ def refit_checks(
     W, found = given[name].double().numpy(), held[name].double().numpy()
     checks = []
     if module.unit == "channels" and settings.selection == "obs":
-        checks += _removal_checks(context, module, W, moment, kept, said)
+        checks += removal_checks(context, module, Pair(W, W), moment, kept, said)
     columns = heads.head_rows(kept, W.shape[1], module.shape[0])
     if settings.update != "none":
         checks.append(_update_check(context, role, W, found, held[name].dtype, moment, columns))
@@ -128,15 +128,29 @@ def _error_check(
     return number("report: relative output error", expected, said, key, noise)
 
 
-def _removal_checks(
+def removal_checks(
     context: Context,
     module: Module,
-    W: Array,
+    W: Pair[Array],
     moment: Pair[Array],
     kept: NDArray[np.int64],
     said: Mapping[str, Any],
 ) -> list[Check]:
-    """Compare removals one by one: each the cheapest left, within what rounding does to costs."""
+    """Compare removals one by one: each the cheapest left, within what rounding does to costs.
+
+    Parameters
+    ----------
+    context : Context
+    module : Module
+        That loses channels.
+    W : Pair of (d_out, d_in)
+        Of down.
+    moment : Pair of (d_in, d_in)
+        Of its input.
+    kept : (width,)
+    said : mapping
+        What the report says of the module.
+    """
     units, ridge = module.shape[0], context.record.settings.ridge
     name = "report: removed channels"
     order = said.get("removed_channels")
@@ -146,7 +160,8 @@ def _removal_checks(
         and sorted(order) == np.setdiff1d(np.arange(units), kept).tolist()
     ):
         return [Check(name, 1, 0, "expected the channels that are not kept, each once")]
-    exact, rounded = (_Removals(W, C, ridge) for C in (moment.exact, moment.rounded))
+    exact = _Removals(W.exact, moment.exact, ridge)
+    rounded = _Removals(W.rounded, moment.rounded, ridge)
     worst = Check("removals", 0.0, 0.0)
     usage = 0.0
     for step, j in enumerate(order):

@@ -82,8 +82,6 @@ def audit(
                 f"{compressed} was not made from {original}: {name} is {theirs}, and {ours} there"
             )
     chosen = _chosen_layers(layers, int(reader.config.num_hidden_layers))
-    if record.settings.dense_target is not None:
-        raise UsageError(f"{compressed}: the audit does not cover dense_target yet")
     shape = llama_shape(reader.config, reader.family)
     ids = calibration_ids(reader, stored, record.settings, calibration)
     check_window(reader.config, ids.shape[1])
