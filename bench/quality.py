@@ -6,9 +6,9 @@
 
 Without sources, calibration and evaluation sequences are sampled from the dense model itself, at
 temperature 1 and from BOS on: a text that the model knows, wherever it comes from. ``--settings``
-compares settings of ``lorap compress``, ``--methods`` all of ``METHODS``; without either the
-settings are the default ones. Prints a table in Markdown, with the command and the versions that
-gave it.
+compares settings of ``lorap compress``, a preset among them, ``--methods`` all of ``METHODS``;
+without either the settings are the default ones. Prints a table in Markdown, with the command and
+the versions that gave it.
 """
 
 from __future__ import annotations
@@ -103,11 +103,13 @@ def row(
 ) -> str:
     """Compress, evaluate, and return the rest of a row of the table."""
     start = time.perf_counter()
+    settings = dict(settings)
+    preset = settings.pop("preset", "lorap")
     try:
         report = lorap.compress_checkpoint(
             model,
             folder,
-            lorap.CompressionConfig(**settings),
+            lorap.CompressionConfig.from_preset(preset, **settings),
             calibration=calibration,
             overwrite=True,
         )

@@ -163,6 +163,15 @@ _Ratio = Annotated[
         "here or in the recipe.",
     ),
 ]
+_Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="lorap|mgaa|best",
+        help="Defaults of the other options. lorap: the paper. mgaa: MGAA, all matrices by pca of "
+        "the outputs. best: what keeps most of the model. Options that are given win.",
+        show_default="lorap",
+    ),
+]
 _RatioScope = Annotated[
     str | None,
     typer.Option(
@@ -237,6 +246,43 @@ _Aggregation = Annotated[
         metavar="l1|l2|linf",
         help="Norm that puts the scores of a channel's or head's weights together.",
         show_default="l2",
+    ),
+]
+_Selection = Annotated[
+    str | None,
+    typer.Option(
+        metavar="scores|obs",
+        help="How the channels that stay are chosen. scores: by their scores (the paper). obs: "
+        "removed one by one, each time the one that costs least in the outputs of down once the "
+        "others have made up for it (optimal brain surgeon).",
+        show_default="scores",
+    ),
+]
+_Update = Annotated[
+    str | None,
+    typer.Option(
+        metavar="none|least-squares",
+        help="What becomes of down after channels are removed, and of o after heads are. "
+        "least-squares: the weights that come nearest to the outputs with all of them.",
+        show_default="none",
+    ),
+]
+_DenseTarget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Fit each matrix, those that stay dense too, to outputs between its own at the "
+        "compressed model's inputs (0) and the uncompressed model's (1), each on what is "
+        "compressed before it in its layer.",
+        show_default="off",
+    ),
+]
+_Ridge = Annotated[
+    float | None,
+    typer.Option(
+        help="obs, least-squares, dense-target: share of a feature's sum of squares that is added "
+        "to it, from 1e-6 to 1.",
+        show_default="1e-4",
     ),
 ]
 _Weighting = Annotated[
@@ -350,6 +396,7 @@ def plan(
     ctx: typer.Context,
     model: _Model,
     ratio: _Ratio = None,
+    preset: _Preset = None,
     ratio_scope: _RatioScope = None,
     mha: _Mha = None,
     ffn: _Ffn = None,
@@ -419,6 +466,7 @@ def compress(
     ] = None,
     calibration: _Calibration = None,
     field: _Field = None,
+    preset: _Preset = None,
     ratio_scope: _RatioScope = None,
     mha: _Mha = None,
     ffn: _Ffn = None,
@@ -432,6 +480,10 @@ def compress(
     importance: _Importance = None,
     aggregation: _Aggregation = None,
     least_important: _LeastImportant = None,
+    selection: _Selection = None,
+    update: _Update = None,
+    dense_target: _DenseTarget = None,
+    ridge: _Ridge = None,
     samples: _Samples = None,
     seqlen: _Seqlen = None,
     seed: _Seed = None,
@@ -978,7 +1030,7 @@ def demo(
 
 
 def _settings(ctx: typer.Context) -> tuple[CompressionConfig, dict[str, Any]]:
-    """Return the settings of the compression and of the run: options, else recipe, else defaults.
+    """Return the settings of the compression and of the run: options, else recipe, else preset.
 
     Raises
     ------
@@ -998,7 +1050,8 @@ def _settings(ctx: typer.Context) -> tuple[CompressionConfig, dict[str, Any]]:
         **(recipe.run if recipe else {}),
         **{name: value for name, value in given.items() if name in RUN_OPTIONS},
     }
-    return CompressionConfig(**settings), run
+    preset = given.get("preset", recipe.preset if recipe else "lorap")
+    return CompressionConfig.from_preset(preset, **settings), run
 
 
 def _quieten() -> None:

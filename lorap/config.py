@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from lorap.checks import choice as _check_choice
 from lorap.checks import number as _number
@@ -22,12 +22,31 @@ LowRankMethod = Literal["awsvd", "svd", "asvd", "pca", "afm"]
 MhaMethod = Literal["awsvd", "svd", "asvd", "pca", "afm", "heads"]
 FfnMethod = Literal["channels", "awsvd", "svd", "asvd", "pca", "afm"]
 Importance = Literal["activation", "magnitude", "taylor"]
+Selection = Literal["scores", "obs"]
+Update = Literal["none", "least-squares"]
 Aggregation = Literal["l1", "l2", "linf"]
 Weighting = Literal["eq7", "eq6"]
 MgaaAllocation = Literal["mgaa", "mgaa-between", "mgaa-within"]
 Device = Literal["auto", "cpu", "cuda"]
 Activations = Literal["auto", "device", "cpu", "disk"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
+
+Preset = Literal["lorap", "mgaa", "best"]
+
+PRESETS: Mapping[Preset, Mapping[str, Any]] = {
+    "lorap": {},
+    "mgaa": {"mha": "pca", "ffn": "pca", "joint_qk": True, "allocation": "mgaa"},
+    "best": {
+        "mha": "pca",
+        "selection": "obs",
+        "update": "least-squares",
+        "dense_target": 0.5,
+    },
+}
+"""Defaults that a preset puts in the place of the usual ones."""
+
+SMALLEST_RIDGE = 1e-6
+"""Above what the rounding of a moment can take off an eigenvalue of the correlations."""
 
 LARGEST_ALLOCATION = 1000.0
 """Bound of the allocation; its inverse is the other."""
@@ -88,6 +107,14 @@ class Override:
                 object.__setattr__(self, name, _int(f"{where}: {name}", value, 1))
 
 
+class _NoEffectError(UsageError):
+    """A setting that nothing would obey beside the others."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 @dataclass(frozen=True)
 class CompressionConfig:
     """The settings of a compression; every field is an option of ``lorap compress``.
@@ -121,6 +148,19 @@ class CompressionConfig:
         Share of least important channels that is kept (Eq. 11).
     aggregation : {"l2", "l1", "linf"}
         How the scores of a channel's weights are put together (Eq. 8).
+    selection : {"scores", "obs"}
+        How the channels that stay are chosen: by their scores, or removed one by one by what each
+        costs in the outputs of down after the others have made up for it (optimal brain surgeon).
+    update : {"none", "least-squares"}
+        What becomes of down after channels are removed, and of o after heads are: the weights that
+        stay, or those that come nearest to the outputs with all channels or heads.
+    dense_target : float or None
+        Fit each matrix, those that stay dense too, to outputs between its own at the compressed
+        model's inputs (0) and the uncompressed model's (1), stage by stage: o and down see what is
+        compressed before them. None: each matrix is approximated as it is.
+    ridge : float
+        Share of an input feature's sum of squares that ``obs``, ``least-squares`` and
+        `dense_target` add to it, from 1e-6 to 1.
     weighting : {"eq7", "eq6"}
         Whether the squared errors are weighted by the squared norms (Eq. 7) or the norms (Eq. 6).
     asvd_alpha : float
@@ -161,6 +201,10 @@ class CompressionConfig:
     importance: Importance = "activation"
     least_important: float = 0.01
     aggregation: Aggregation = "l2"
+    selection: Selection = "scores"
+    update: Update = "none"
+    dense_target: float | None = None
+    ridge: float = 1e-4
     weighting: Weighting = "eq7"
     asvd_alpha: float = 0.5
     sublayers: tuple[Sublayer, ...] = ("mha", "ffn")
@@ -200,6 +244,19 @@ class CompressionConfig:
                 f"got {self.least_important!r}"
             )
         _check_choice("aggregation", self.aggregation, get_args(Aggregation))
+        _check_choice("selection", self.selection, get_args(Selection))
+        _check_choice("update", self.update, get_args(Update))
+        if self.dense_target is not None:
+            store("dense_target", _number("dense_target", self.dense_target))
+            if not 0 <= self.dense_target <= 1:
+                raise UsageError(
+                    f"dense_target: expected a share from 0 to 1, got {self.dense_target!r}"
+                )
+        store("ridge", _number("ridge", self.ridge))
+        if not SMALLEST_RIDGE <= self.ridge <= 1:
+            raise UsageError(
+                f"ridge: expected a share from {SMALLEST_RIDGE:g} to 1, got {self.ridge!r}"
+            )
         _check_choice("weighting", self.weighting, get_args(Weighting))
         store("sublayers", _sublayers(self.sublayers))
         if not self.sublayers or len(set(self.sublayers)) != len(self.sublayers):
@@ -227,6 +284,9 @@ class CompressionConfig:
         """Refuse what nothing would obey."""
         methods = {getattr(self, sublayer) for sublayer in self.sublayers}
         pruned = methods & {"channels", "heads"}
+        by_loss = self.selection == "obs" and "channels" in methods
+        scored = pruned - {"channels"} if by_loss else pruned
+        scores = ("selection scores" if by_loss else "ffn channels") + " or mha heads"
         low_rank = methods & set(get_args(LowRankMethod))
         attention = "mha" in self.sublayers and self.mha != "heads"
         numeric = isinstance(self.allocation, float)
@@ -240,9 +300,17 @@ class CompressionConfig:
             ),
             "mgaa_alpha": (self.measures_similarity, "allocation mgaa or mgaa-between"),
             "mgaa_floor": (not numeric, "allocation mgaa, mgaa-between or mgaa-within"),
-            "importance": (bool(pruned), "ffn channels or mha heads"),
-            "least_important": (bool(pruned), "ffn channels or mha heads"),
-            "aggregation": (bool(pruned), "ffn channels or mha heads"),
+            "importance": (bool(scored), scores),
+            "least_important": (bool(scored), scores),
+            "aggregation": (bool(scored), scores),
+            "selection": ("channels" in methods, "ffn channels"),
+            "update": (bool(pruned), "ffn channels or mha heads"),
+            "ridge": (
+                by_loss
+                or (bool(pruned) and self.update != "none")
+                or self.dense_target is not None,
+                "selection obs, update least-squares or dense_target",
+            ),
             "weighting": ("awsvd" in methods, "mha or ffn awsvd"),
             "asvd_alpha": ("asvd" in methods, "mha or ffn asvd"),
         }
@@ -250,7 +318,37 @@ class CompressionConfig:
             value = getattr(self, field_.name)
             obeyed, what = needed.get(field_.name, (True, ""))
             if value != field_.default and not obeyed:
-                raise UsageError(f"{field_.name} {value}: has no effect without {what}")
+                raise _NoEffectError(
+                    field_.name, f"{field_.name} {value}: has no effect without {what}"
+                )
+
+    @classmethod
+    def from_preset(cls, preset: Preset, **settings: Any) -> Self:
+        """Return the settings that a preset stands for, but for those given.
+
+        Parameters
+        ----------
+        preset : {"lorap", "mgaa", "best"}
+            ``lorap``: the paper. ``mgaa``: MGAA, all matrices by PCA of the outputs, q and k
+            together. ``best``: the settings that keep most of the model, by the measurements in
+            ``bench/RESULTS.md``.
+        **settings
+            Win over the preset. What of the preset has no effect beside them is left out.
+
+        Raises
+        ------
+        UsageError
+            If there is no such preset, or as for the class.
+        """
+        _check_choice("preset", preset, get_args(Preset))
+        defaults = dict(PRESETS[preset])
+        while True:
+            try:
+                return cls(**(defaults | settings))
+            except _NoEffectError as error:
+                if error.name in settings or error.name not in defaults:
+                    raise
+                del defaults[error.name]
 
     @property
     def measures_similarity(self) -> bool:
@@ -311,10 +409,12 @@ class Recipe:
         Fields of ``CompressionConfig`` that the file gives.
     run : mapping
         Of ``RUN_OPTIONS``, those that the file gives.
+    preset : {"lorap", "mgaa", "best"}
     """
 
     settings: Mapping[str, Any]
     run: Mapping[str, Any]
+    preset: Preset = "lorap"
 
 
 RUN_OPTIONS: Mapping[str, type] = {
@@ -356,7 +456,7 @@ def load_recipe(path: str | Path) -> Recipe:
     if not isinstance(content, dict):
         raise UsageError(f"recipe {path}: expected a mapping of options, got {_kind(content)}")
     settings_keys = [f.name for f in dataclasses.fields(CompressionConfig)]
-    _check_keys(f"recipe {path}", content, [*settings_keys, *RUN_OPTIONS])
+    _check_keys(f"recipe {path}", content, [*settings_keys, "preset", *RUN_OPTIONS])
 
     content = _given(content)
     settings = {key: value for key, value in content.items() if key in settings_keys}
@@ -367,8 +467,9 @@ def load_recipe(path: str | Path) -> Recipe:
         if type(value) is not RUN_OPTIONS[key]:
             expected = "true or false" if RUN_OPTIONS[key] is bool else "a text"
             raise UsageError(f"recipe {path}: {key}: expected {expected}, got {value!r}")
-    CompressionConfig(**settings)
-    return Recipe(settings=settings, run=run)
+    preset = content.get("preset", "lorap")
+    CompressionConfig.from_preset(preset, **settings)
+    return Recipe(settings=settings, run=run, preset=preset)
 
 
 def _parse_yaml(text: str, path: str | Path) -> object:
@@ -404,6 +505,8 @@ _NUMBER_KEYS = (
     "mgaa_alpha",
     "mgaa_floor",
     "asvd_alpha",
+    "dense_target",
+    "ridge",
 )
 
 

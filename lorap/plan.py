@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,6 +51,8 @@ class ModulePlan:
         Key/value heads that an attention block keeps.
     band : (int, int) or None
         Removed band ``[low, high)`` of the channels or heads in ascending order of score (Eq. 11).
+    untouched : bool
+        Whether nothing may change it: its sub-layer is not compressed, or an override skips it.
     """
 
     kind: Kind
@@ -66,6 +68,7 @@ class ModulePlan:
     width: int | None = None
     kv_heads: int | None = None
     band: tuple[int, int] | None = None
+    untouched: bool = False
 
     @property
     def removed(self) -> int:
@@ -561,7 +564,11 @@ class _Planner:
         tokens = self.config.seqlen
         layers: list[dict[str, ModulePlan]] = [{} for _ in range(self.modules[-1].layer + 1)]
         for module in self.modules:
-            layers[module.layer][module.name] = _module_plan(module, sizes.get(module.path), tokens)
+            made = _module_plan(module, sizes.get(module.path), tokens)
+            override = self.overrides.get(module.path)
+            skipped = override is not None and override.skip
+            untouched = skipped or module.sublayer not in self.config.sublayers
+            layers[module.layer][module.name] = replace(made, untouched=untouched)
         planned = [plan for layer in layers for plan in layer.values()]
         removed = sum(plan.removed for plan in planned)
         macs_before = sum(plan.macs_before for plan in planned) + _other_macs(

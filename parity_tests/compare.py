@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from parity_tests import tolerances
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 
 @dataclass
@@ -218,3 +219,59 @@ def kept_channels(
     if moved.size == 0:
         within(quantity, 0.0, 0.0)
     return moved.size == 0
+
+
+def removals(
+    quantity: str,
+    order: Indices,
+    W: Array,
+    C: Array,
+    ridge: float,
+    delta: float = 0.0,
+    relative: float = 0.0,
+) -> bool:
+    """Assert that each removal was the cheapest one left, but for costs closer than their bound.
+
+    Parameters
+    ----------
+    quantity : str
+    order : (count,)
+        Input features in the order of their removal.
+    W : (d_out, d_in)
+    C : (d_in, d_in)
+        ``second_moment`` of the inputs.
+    ridge : float
+    delta, relative : float
+        As for ``tolerances.removal_cost``.
+
+    Returns
+    -------
+    bool
+        Whether the order is the only one within the bounds.
+    """
+    d, K = tolerances.correlation_of(C, ridge)
+    V = W * d
+    inverse = 1 / float(np.linalg.eigvalsh(K)[0]) if len(K) else 0.0
+    gone: list[int] = []
+    before, clear = 0.0, True
+    for j in order:
+        cost = np.full(len(d), np.inf)
+        for candidate in np.setdiff1d(np.arange(len(d)), gone):
+            # By its definition: the least error without all of these features, afresh.
+            cost[candidate] = removed_error(V, K, [*gone, int(candidate)]) - before
+        cheapest = float(np.min(cost))
+        bound = 2 * tolerances.removal_cost(V, K, inverse, before + cost[j], delta, relative)
+        within(quantity, cost[j] - cheapest, bound)
+        others = np.delete(cost, j)
+        clear &= not others.size or float(np.min(others)) - cost[j] > bound
+        gone.append(int(j))
+        before += float(cost[j])
+    return clear
+
+
+def removed_error(V: Array, K: Array, gone: list[int]) -> float:
+    """Least ``trace(E K E^T)`` over the E with ``E_R = -V_R``: by the Schur complement of R."""
+    kept = np.setdiff1d(np.arange(len(K)), gone)
+    across = K[np.ix_(gone, kept)]
+    schur = K[np.ix_(gone, gone)] - across @ np.linalg.solve(K[np.ix_(kept, kept)], across.T)
+    return float(np.sum((V[:, gone] @ schur) * V[:, gone]))

@@ -88,6 +88,10 @@ def reference_settings(config: CompressionConfig, model: PreTrainedModel) -> alg
         ffn=config.ffn if "ffn" in config.sublayers else None,
         joint_qk=config.joint_qk,
         importance=config.importance,
+        selection=config.selection,
+        update=config.update,
+        dense_target=config.dense_target,
+        ridge=config.ridge,
         asvd_alpha=config.asvd_alpha,
         between=config.measures_similarity,
         within=not numeric and config.allocation != "mgaa-between",
@@ -158,7 +162,7 @@ def torch_run(
     advance = Steps(None, config, decoder.layers)
     store = decoder.store(samples, config)
     plan, measurements = measured_plan(decoder, samples, store, draft, config, advance)
-    batches = decoder.embed(samples, store)
+    batches = decoder.embed(samples, store, dense=config.dense_target is not None)
     run = Run(measurements, plan, [], [])
     for layer in compress_layers(decoder, batches, plan, config, measurements):
         run.layers.append(layer)

@@ -227,6 +227,8 @@ def check_layer(ours: LayerResult, output: Array, step: Step) -> Verdict:
         method = settings.low_rank(sublayer)
         if method is None:
             determined &= check_selection(ours, theirs, sublayer, step, spreads)
+            # The spreads of the next layer's input know of no distance of a refitted weight.
+            determined &= settings.update == "none"
             continue
         for m, W in algorithm1.matrices(layer, sublayer, settings).items():
             rank = theirs.ranks[m]
@@ -323,6 +325,8 @@ def check_selection(
     layer, settings, prefix = step.layer, step.settings, step.prefix
     heads_ = sublayer == "mha"
     names = algorithm1.MHA if heads_ else algorithm1.FFN
+    if not heads_ and settings.selection == "obs":
+        return check_removals(ours, theirs, step, spreads)
     C = theirs.head_scores if heads_ else theirs.scores
     expected_kept = theirs.kept_heads if heads_ else theirs.kept
     assert C is not None
@@ -363,17 +367,112 @@ def check_selection(
         bound,
         (low, high),
     )
-    kept = np.array(found, dtype=np.int64)
+    check_pruned(ours, sublayer, np.array(found, dtype=np.int64), C.size, step, theirs, spreads)
+    return same
+
+
+def check_pruned(
+    ours: LayerResult,
+    sublayer: algorithm1.Sublayer,
+    kept: NDArray[np.int64],
+    units: int,
+    step: Step,
+    theirs: algorithm1.CompressedLayer,
+    spreads: rounding.LayerSpreads,
+) -> None:
+    """Compare what is left of a block's tensors: bit by bit but for what is refitted."""
+    layer, settings = step.layer, step.settings
+    names = algorithm1.MHA if sublayer == "mha" else algorithm1.FFN
     for m, name in names.items():
         for kind in ("weight", "bias"):
             whole = layer.get(f"{name}.{kind}")
-            if whole is not None:
-                compare.exact(
-                    f"{prefix}pruned weights",
-                    ours.tensors[f"{name}.{kind}"],
-                    sliced(whole, m, kept, C.size),
-                )
-    return same
+            if whole is None:
+                continue
+            found = ours.tensors[f"{name}.{kind}"]
+            if m in ("o", "down") and kind == "weight" and settings.update != "none":
+                columns = kept
+                if m == "o":
+                    columns = heads.head_rows(kept, whole.shape[1], units)
+                check_update(compare.as_array(found), whole, m, columns, step, theirs, spreads)
+            else:
+                expected = sliced(whole, m, kept, units)
+                compare.exact(f"{step.prefix}pruned weights", found, expected)
+
+
+def correlation_distance(X: Array, spread: Array, ridge: float) -> tuple[float, float] | None:
+    """Bounds on the distance of the correlations of a matrix's input, and of its features' norms.
+
+    With Z the tokens over the norms of the features, a column of Z moves by at most twice the
+    relative distance of the feature.
+
+    Returns
+    -------
+    (float, float) or None
+        In the spectral norm, and relative; None where a feature may be dead on one side alone.
+    """
+    tokens = X.reshape(-1, X.shape[-1])
+    d = np.linalg.norm(tokens, axis=0)
+    moved = tolerances.CONFIDENCE * np.linalg.norm(spread.reshape(tokens.shape), axis=0)
+    if np.any(moved > d / 4):
+        return None
+    relative = moved / np.where(d > 0, d, 1) + tolerances.root_of_positive_sum(len(tokens))
+    _, K = tolerances.correlation_of(tokens.T @ tokens, ridge)
+    off = 2 * float(np.linalg.norm(relative))
+    reach = np.sqrt(tolerances.spectral_norm(K))
+    summed = tolerances.inner(len(tokens), np.asarray(float(len(d))))
+    return float(2 * reach * off + off**2 + summed), float(np.max(relative, initial=0.0))
+
+
+def check_update(
+    found: Array,
+    W: Array,
+    m: str,
+    kept: NDArray[np.int64],
+    step: Step,
+    theirs: algorithm1.CompressedLayer,
+    spreads: rounding.LayerSpreads,
+) -> None:
+    """Compare a refitted weight with the reference's, for the columns that our side keeps."""
+    X, ridge = algorithm1.input_of(m, theirs.trace), step.settings.ridge
+    known = correlation_distance(X, input_spread(m, spreads), ridge)
+    if known is None:
+        return
+    C = second_moment(X)
+    expected = algorithm1.least_squares_update(W, C, kept, ridge)
+    bound = tolerances.least_squares_update(W, C, kept, ridge, *known)
+    off = np.linalg.norm((found - expected) * feature_norms(X)[kept])
+    compare.within(f"{step.prefix}refitted weights", off, bound)
+
+
+def check_removals(
+    ours: LayerResult,
+    theirs: algorithm1.CompressedLayer,
+    step: Step,
+    spreads: rounding.LayerSpreads,
+) -> bool:
+    """Compare the channels that are removed one by one; tell if the same ones are."""
+    W, X = step.layer["mlp.down_proj.weight"], algorithm1.input_of("down", theirs.trace)
+    sizes = step.sizes or algorithm1.layer_sizes(step.layer, step.shape, step.settings)
+    assert sizes.channels is not None
+    assert theirs.kept is not None
+    removed = sizes.channels[1] - sizes.channels[0]
+    kept = np.arange(W.shape[1])
+    if removed:
+        report = ours.modules["mlp"]
+        order = np.array(report["removed_channels"], dtype=np.int64)
+        kept = np.array(report["kept_channels"], dtype=np.int64)
+        assert len(set(order.tolist())) == removed
+        compare.exact(
+            f"{step.prefix}kept channels", kept, np.setdiff1d(np.arange(W.shape[1]), order)
+        )
+        known = correlation_distance(X, input_spread("down", spreads), step.settings.ridge)
+        if known is None:
+            return False
+        compare.removals(
+            f"{step.prefix}removals", order, W, second_moment(X), step.settings.ridge, *known
+        )
+    check_pruned(ours, "ffn", kept, W.shape[1], step, theirs, spreads)
+    return np.array_equal(kept, theirs.kept)
 
 
 def sliced(whole: Array, m: str, kept: NDArray[np.int64], units: int) -> Array:

@@ -1,6 +1,6 @@
 """Algorithm 1 whole: the reference on arrays against the pipeline on transformers' modules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lorap.config import CompressionConfig, FfnMethod, MhaMethod
 from lorap.demo import MODEL
 from lorap.pipeline import compress
-from lorap_reference import algorithm1, llama, mgaa
+from lorap_reference import algorithm1, llama, mgaa, statistics
 from parity_tests import compare, llamas, rounding, steps, tolerances
 from parity_tests import strategies as own
 from parity_tests.rounding import Known, Precision
@@ -62,6 +62,12 @@ def methods(draw: st.DrawFn, importance: Sequence[str] = IMPORTANCE) -> dict[str
     if "asvd" in used:
         settings["asvd_alpha"] = draw(st.sampled_from((0.5, 1.0, 0.0, 1.5)), label="asvd_alpha")
     if used & {"heads", "channels"}:
+        settings["update"] = draw(st.sampled_from(("none", "least-squares")), label="update")
+        if "channels" in used and draw(st.integers(0, 3), label="obs") == 0:
+            settings["selection"] = "obs"
+        if "selection" in settings or settings["update"] != "none":
+            settings["ridge"] = draw(st.sampled_from((1e-4, 1e-6, 0.1)), label="ridge")
+    if "heads" in used or ("channels" in used and "selection" not in settings):
         settings["importance"] = draw(st.sampled_from(importance), label="importance")
         settings["aggregation"] = draw(st.sampled_from(("l2", "l1", "linf")), label="aggregation")
         settings["least_important"] = draw(st.sampled_from((0.0, 0.01, 0.1)), label="least")
@@ -140,6 +146,8 @@ Case = tuple[own.SmallLlama, CompressionConfig, own.Ids]
     "algorithm.low-rank",
     "algorithm.heads",
     "algorithm.scores",
+    "algorithm.update",
+    "obs.keep",
     "budget.layer-ratio",
     "mgaa.measure",
     "mgaa.plan",
@@ -309,3 +317,86 @@ def test_the_embedded_model_whole(
         moved / nudge, shape.layers, embedded.config.intermediate_size
     )
     compare.close("embedded model: logits", logits, theirs, bound)
+
+
+STAGED: dict[str, dict[str, Any]] = {
+    "best": {"mha": "pca", "selection": "obs", "update": "least-squares"},
+    "plain": {},
+    "heads": {"mha": "heads", "update": "least-squares", "aggregation": "l1"},
+    "joint": {"mha": "asvd", "ffn": "pca", "joint_qk": True},
+    "afm": {"mha": "afm", "ffn": "afm"},
+    "taylor": {"importance": "taylor", "mha": "svd"},
+    "ffn": {"sublayers": ("ffn",), "selection": "obs"},
+    "mha": {"sublayers": ("mha",), "mha": "pca", "allocation": "mgaa"},
+}
+
+
+@pytest.mark.spec("algorithm.stages", "target.regression")
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", STAGED)
+@llamas.float64_throughout()
+def test_stages(name: str, share: float) -> None:
+    """Both sides on their own, from the first layer to the logits, with padding on ours."""
+    llama_ = own.SmallLlama(
+        llama.LlamaShape(3, heads=4, kv_heads=2, head_dim=4),
+        hidden=16,
+        width=24,
+        vocabulary=40,
+        tied=False,
+        attention_bias=True,
+        mlp_bias=True,
+        seed=7,
+    )
+    model, ids = llama_.model(), own.calibration_ids(llama_, 8, 12)
+    config = CompressionConfig(
+        ratio=0.4,
+        ratio_scope="layer",
+        dtype="float64",
+        batch_size=3,
+        dense_target=share,
+        **STAGED[name],
+    )
+    weights, shape = llama_.weights(), llama_.shape
+    settings = llamas.reference_settings(config, model)
+    new, layers = algorithm1.compress(weights, shape, ids, settings)
+    padded = np.concatenate([ids, ids[::-1, :3]], axis=1)
+    mask = np.arange(padded.shape[1])[None, :].repeat(len(ids), axis=0) < ids.shape[1]
+    compressed = compress(model, config, calibration=padded, attention_mask=mask)
+    found = llamas.reference_weights(compressed)
+    assert found.keys() == new.keys()
+    with torch.no_grad():
+        logits = compare.as_array(compressed(input_ids=torch.from_numpy(ids)).logits)
+
+    theirs = llama.logits(new, shape, ids)
+    # How far the algorithm magnifies roundings is measured on the reference: those of the residual
+    # stream, and those of the moments, whose difference is solved for.
+    nudge, rng = 1e-9, np.random.default_rng(0)
+    embeddings = weights["model.embed_tokens.weight"]
+    noise = 1 + nudge * rng.standard_normal(embeddings.shape)
+    nudged = {**weights, "model.embed_tokens.weight": embeddings * noise}
+    exact = {"cross_moment": statistics.cross_moment, "second_moment": statistics.second_moment}
+
+    def off(name: str) -> Callable[..., Any]:
+        def moment(*inputs: Any) -> Any:
+            found = exact[name](*inputs)
+            shift = nudge * np.sqrt(np.outer(*(np.sum(x**2, axis=0) for x in (inputs * 2)[:2])))
+            errors = rng.standard_normal(found.shape)
+            return found + shift * (errors + (errors.T if name == "second_moment" else 0))
+
+        return moment
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name_ in exact:
+            patch.setattr(statistics, name_, off(name_))
+        other, others = algorithm1.compress(nudged, shape, ids, settings)
+    for one, two in zip(layers, others, strict=True):
+        assert np.array_equal(one.kept, two.kept), "the nudge must not change what is kept"
+    moved = np.max(np.abs(llama.logits(other, shape, ids) - theirs))
+    bound = tolerances.measured_condition(moved / nudge, shape.layers, llama_.width)
+    compare.close("stages: logits", logits, theirs, bound)
+    if share:
+        dense = llama.logits(weights, shape, ids)
+        plain, _ = algorithm1.compress(weights, shape, ids, replace(settings, dense_target=0.0))
+        assert np.linalg.norm(llama.logits(plain, shape, ids) - theirs) > 1e-3 * np.linalg.norm(
+            dense
+        )

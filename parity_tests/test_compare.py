@@ -314,6 +314,22 @@ def test_kept_channels_refuses_another_count_or_order() -> None:
         compare.kept_channels("q", [2, 1], [1, 2], C, 1.0, (0, 1))
 
 
+def test_removals_refuses_one_that_costs_more() -> None:
+    W, C, ridge = np.array([[1.0, 2.0, 3.0]]), np.eye(3), 0.01
+    assert compare.removals("q", np.array([0, 1]), W, C, ridge)
+    for order in ([1, 0], [0, 2]):
+        with pytest.raises(AssertionError, match="where the bound is"):
+            compare.removals("q", np.array(order), W, C, ridge)
+
+
+def test_removals_of_equal_costs_may_be_either() -> None:
+    for order in ([0, 1], [1, 0]):
+        assert not compare.removals("q", np.array(order), np.ones((1, 2)), np.eye(2), 0.01)
+    # Twice the least cost passes where the correlations are known to a half.
+    W = np.array([[1.0, np.sqrt(2.0)]])
+    assert not compare.removals("q", np.array([1]), W, np.eye(2), 0.01, delta=0.5)
+
+
 def test_the_worst_comparison_is_kept(aside: compare.Collector) -> None:
     for deviation in (0.2, 0.7, 0.1):
         compare.within("q", deviation, 1.0)

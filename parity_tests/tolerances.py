@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 EPS64 = float(np.finfo(np.float64).eps)
 EPS32 = float(np.finfo(np.float32).eps)
@@ -806,3 +807,108 @@ def measured_condition(magnified: float, layers: int, terms: int) -> float:
         Of the longest inner product: relative roundings of ``sqrt(terms) * eps``.
     """
     return CONFIDENCE * magnified * layers * float(np.sqrt(terms)) * EPS64
+
+
+def correlation_of(C: Array, ridge: float) -> tuple[Array, Array]:
+    """Norms of the features, and what is decomposed in ``regression``, as the rule has it."""
+    d = feature_sizes(C)
+    unit = np.where(d > 0, d, 1.0)
+    K = C / np.outer(unit, unit)
+    np.fill_diagonal(K, 1 + ridge)
+    return d, K
+
+
+def ridged_correlation(K: Array) -> Array:
+    """Entry-by-entry distance of the correlations: two roots and two quotients."""
+    return np.asarray(SECOND_ORDER * (2 * root() + 2 * quotient()) * np.abs(K))
+
+
+def solved(K: Array) -> float:
+    """Backward error, in the spectral norm, of solving by the Cholesky factor of K, of both sides.
+
+    ``abs(dK) <= (3 k + 1) eps / 2 * abs(G) abs(G)^T`` (Higham, Accuracy and Stability, Theorem
+    10.4), and the squares of the entries of the factor G add up to the trace of K.
+    """
+    return SECOND_ORDER * (3 * len(K) + 1) * EPS64 * float(np.trace(K))
+
+
+def least_squares_update(
+    W: Array, C: Array, kept: Indices, ridge: float, delta: float = 0.0, relative: float = 0.0
+) -> float:
+    """Distance of the refitted columns, each times the norm of its feature: Frobenius norm.
+
+    The change, in the units of the features, is ``B K^-1`` with ``B = V_R K_RK`` and V the weight
+    times the norms. It moves by ``(dB - B K^-1 dK) K^-1``.
+
+    Parameters
+    ----------
+    W : (d_out, d_in)
+    C : (d_in, d_in)
+    kept : (k,)
+    ridge : float
+    delta : float
+        Distance of the sides' correlations, in the spectral norm, where they were not given the
+        same moment.
+    relative : float
+        The same of the norms of the features, each over itself.
+    """
+    removed = np.setdiff1d(np.arange(W.shape[1]), kept)
+    d, K = correlation_of(C, ridge)
+    V, inside, across = W * d, K[np.ix_(kept, kept)], K[np.ix_(removed, kept)]
+    inverse = 1 / float(np.linalg.eigvalsh(inside)[0]) if kept.size else 0.0
+    change = V[:, removed] @ across @ np.linalg.inv(inside)
+    size, reach = float(np.linalg.norm(change)), float(np.linalg.norm(V[:, removed]))
+    rounded = float(np.linalg.norm(ridged_correlation(across))) + delta
+    off = relative + root() + EPS64
+    by_lost = reach * rounded + off * reach * spectral_norm(across)
+    by_lost += float(np.linalg.norm(inner(removed.size, np.abs(V[:, removed]) @ np.abs(across))))
+    moved = float(np.linalg.norm(ridged_correlation(inside))) + delta + solved(inside)
+    whole = float(np.linalg.norm(V[:, kept])) + size
+    return inverse * (by_lost + size * moved) + (relative + 4 * EPS64) * whole
+
+
+def removal_cost(
+    V: Array, K: Array, inverse: float, lost: float, delta: float = 0.0, relative: float = 0.0
+) -> float:
+    """Distance of what one more removal costs, in ``regression.removal_order``.
+
+    A cost is the difference of two least values of ``trace(E K E^T)``. Such a value moves by at
+    most ``norm(E)^2 norm(dK)``, and ``norm(E)^2`` is at most the value times ``norm(K^-1)``; by
+    twice the relative distance of V it moves itself. The side that keeps inner products of the
+    columns errs by ``eps`` of their squares with every removal.
+
+    Parameters
+    ----------
+    V : (d_out, d_in)
+        The weight times the norms of the features.
+    K : (d_in, d_in)
+    inverse : float
+        Spectral norm of its inverse.
+    lost : float
+        The least value after the removal.
+    delta, relative : float
+        As for ``least_squares_update``.
+    """
+    moved = delta + float(np.linalg.norm(ridged_correlation(K))) + 4 * solved(K)
+    columns = float(np.linalg.norm(V)) + float(np.sqrt(lost * inverse))
+    summed = 8 * sum(V.shape) * EPS64 * columns**2 * (K[0, 0] if len(K) else 0.0)
+    return 4 * lost * inverse * moved + 4 * (relative + 4 * EPS64) * lost + summed
+
+
+def regressed_weight(W: Array, C: Array, M: Array, share: float, ridge: float) -> float:
+    """Distance of regressed weights, each column times the norm of its feature: Frobenius norm.
+
+    The change in these units is ``N K^-1``, ``N = W (M - C) D^-1``.
+    """
+    d, K = correlation_of(C, ridge)
+    if not len(d):
+        return 0.0
+    unit = np.where(d > 0, d, 1.0)
+    N = W @ (M - C) / unit
+    inverse = 1 / float(np.linalg.eigvalsh(K)[0])
+    size = float(np.linalg.norm(N @ np.linalg.inv(K)))
+    terms = np.abs(W) @ (np.abs(M) + np.abs(C)) / unit
+    missed = float(np.linalg.norm(inner(len(d) + 3, terms)))
+    moved = float(np.linalg.norm(ridged_correlation(K))) + solved(K)
+    whole = float(np.linalg.norm(W * d)) + share * size
+    return share * inverse * (missed + size * moved) + 6 * EPS64 * whole

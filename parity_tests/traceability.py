@@ -25,6 +25,7 @@ TOLERANCES = (
     "product",
     "forward",
     "contract",
+    "refit",
 )
 
 BEGIN, END = "<!-- traceability:begin -->", "<!-- traceability:end -->"

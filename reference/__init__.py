@@ -18,6 +18,7 @@ from . import (
     mgaa,
     pca,
     pruning,
+    regression,
     statistics,
     wanda,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "mgaa",
     "pca",
     "pruning",
+    "regression",
     "statistics",
     "wanda",
 ]

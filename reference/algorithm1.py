@@ -5,7 +5,7 @@ pruning, and with MGAA's allocation.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -21,14 +21,25 @@ from .importance import (
 )
 from .lowrank import Weighting
 from .pruning import kept_channels, prune_ffn
+from .regression import least_squares_update, regressed_weight, removal_order
 
 Array = NDArray[np.float64]
 LowRank = Literal["awsvd", "svd", "asvd", "pca", "afm"]
 Sublayer = Literal["mha", "ffn"]
+Stage = Literal["attention", "o", "ffn", "down"]
 
 SUBLAYERS: tuple[Sublayer, ...] = ("mha", "ffn")
 MHA = {name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")}
 FFN = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+
+STAGES: tuple[Stage, ...] = ("attention", "o", "ffn", "down")
+STAGE_OF: Mapping[str, Stage] = {
+    **dict.fromkeys(("q", "k", "qk", "v"), "attention"),
+    "o": "o",
+    **dict.fromkeys(("gate", "up"), "ffn"),
+    "down": "down",
+}
+"""Matrix to its input, a field of ``llama.LayerTrace``."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,15 @@ class Settings:
         Factor the stack of q and k.
     importance : {"activation", "magnitude", "taylor"}
         Scores of single weights.
+    selection : {"scores", "obs"}
+        Channels by Eq. (11), or removed one by one by ``regression.removal_order``.
+    update : {"none", "least-squares"}
+        Whether down and o are refitted on the channels and heads that stay.
+    dense_target : float or None
+        Share of the uncompressed model's outputs in what each matrix is regressed to, stage by
+        stage; None: each matrix is approximated as it is, by one forward of the layer.
+    ridge : float
+        As in ``regression.ridged_correlation``.
     asvd_alpha : float
         As in ``lowrank.magnitude_scale``.
     between, within : bool
@@ -74,6 +94,10 @@ class Settings:
     ffn: LowRank | Literal["channels"] | None = "channels"
     joint_qk: bool = False
     importance: Literal["activation", "magnitude", "taylor"] = "activation"
+    selection: Literal["scores", "obs"] = "scores"
+    update: Literal["none", "least-squares"] = "none"
+    dense_target: float | None = None
+    ridge: float = 1e-4
     asvd_alpha: float = 0.5
     between: bool = False
     within: bool = False
@@ -123,10 +147,10 @@ class CompressedLayer:
     kept, kept_heads : (width,) and (groups,), or None
         Channels and groups of heads that stay, None where none are pruned.
     scores, head_scores : (d_m,) and (kv_heads,), or None
-        Their scores, Eq. (10).
+        Their scores, Eq. (10); None where there are none.
     trace : llama.LayerTrace
-        Inputs of the linears in the forward of the UNcompressed layer, from which the statistics
-        are taken.
+        Inputs of the linears from which the statistics are taken: in the forward of the
+        UNcompressed layer, or of each stage where there are stages.
     output : (N, L, d)
         Output of the compressed layer, the input of the next one.
     """
@@ -214,12 +238,7 @@ def matrices(
 
 def input_of(m: str, trace: llama.LayerTrace) -> Array:
     """Input of matrix `m`, ``(tokens, d_in)``: one for q, k and v, one for gate and up."""
-    if m in ("q", "k", "qk", "v"):
-        X = trace.attention
-    elif m == "o":
-        X = trace.o
-    else:
-        X = trace.down if m == "down" else trace.ffn
+    X: Array = getattr(trace, STAGE_OF[m])
     return X.reshape(-1, X.shape[-1])
 
 
@@ -278,6 +297,7 @@ def factor_matrices(
     sublayer: Sublayer,
     sizes: Sizes,
     settings: Settings,
+    stage: Stage | None = None,
 ) -> dict[str, Array]:
     """New tensors of a sub-layer's linears: ``L`` and ``R``, or the matrix where it stays dense.
 
@@ -289,6 +309,8 @@ def factor_matrices(
     sublayer : {"mha", "ffn"}
     sizes : Sizes
     settings : Settings
+    stage : str, optional
+        Only the matrices that have this input.
 
     Notes
     -----
@@ -299,6 +321,8 @@ def factor_matrices(
     names = MHA if sublayer == "mha" else FFN
     new: dict[str, Array] = {}
     for m, W in matrices(layer, sublayer, settings).items():
+        if stage not in (None, STAGE_OF[m]):
+            continue
         rows = ["q", "k"] if m == "qk" else [m]
         r = sizes.ranks[m]
         if r is None:
@@ -326,6 +350,7 @@ def weight_scores(
     m: str,
     settings: Settings,
     gradients: Mapping[str, Array] | None,
+    original: Mapping[str, Array] | None = None,
 ) -> Array:
     """Scores of the single weights of matrix `m`, ``(d_out, d_in)``.
 
@@ -338,6 +363,8 @@ def weight_scores(
     settings : Settings
     gradients : mapping or None
         Gradients of the loss by the layer's weights, for ``taylor``.
+    original : mapping, optional
+        The weights that they belong to; `layer` by default.
 
     Notes
     -----
@@ -348,7 +375,7 @@ def weight_scores(
         return magnitude_importance(layer[name])
     if settings.importance == "taylor":
         assert gradients is not None
-        return taylor_importance(layer[name], gradients[name])
+        return taylor_importance((original or layer)[name], gradients[name])
     return weight_importance(layer[name], statistics.feature_norms(input_of(m, trace)))
 
 
@@ -358,8 +385,9 @@ def compress_ffn(
     band: tuple[int, int],
     settings: Settings,
     gradients: Mapping[str, Array] | None = None,
-) -> tuple[dict[str, Array], NDArray[np.int64], Array]:
-    """The FFN step: group scores by Eq. (10), channels by Eq. (11).
+    original: Mapping[str, Array] | None = None,
+) -> tuple[dict[str, Array], NDArray[np.int64], Array | None]:
+    """The FFN step: group scores by Eq. (10), channels by Eq. (11); or by least squares.
 
     Parameters
     ----------
@@ -371,6 +399,8 @@ def compress_ffn(
     settings : Settings
     gradients : mapping, optional
         As for ``weight_scores``.
+    original : mapping, optional
+        The weights that the gradients belong to; `layer` by default.
 
     Returns
     -------
@@ -378,19 +408,28 @@ def compress_ffn(
         The new tensors of the FFN's linears.
     kept : (width,)
         Kept channels.
-    scores : (d_m,)
-        Group scores.
+    scores : (d_m,) or None
+        Group scores; None for ``obs``.
 
     Notes
     -----
-    SPEC: ``algorithm.ffn``. The biases of gate and up lose the entries of the removed channels;
-    down's bias belongs to no channel and stays.
+    SPEC: ``algorithm.ffn``, ``algorithm.update``, ``obs.keep``. The biases of gate and up lose the
+    entries of the removed channels; down's bias belongs to no channel and stays.
     """
-    gate, up, down = (weight_scores(layer, trace, m, settings, gradients) for m in FFN)
-    scores = group_scores(up, gate, down, settings.aggregation)
-    kept = kept_channels(scores, *band)
-    gate, up, down = (layer[f"{name}.weight"] for name in FFN.values())
-    up, gate, down = prune_ffn(up, gate, down, kept)
+    gate, up, W_down = (layer[f"{name}.weight"] for name in FFN.values())
+    scores = None
+    if settings.selection == "obs":
+        C = statistics.second_moment(input_of("down", trace))
+        order, _ = removal_order(W_down, C, band[1] - band[0], settings.ridge)
+        kept = np.setdiff1d(np.arange(W_down.shape[1]), order)
+    else:
+        of_gate, of_up, of_down = (
+            weight_scores(layer, trace, m, settings, gradients, original) for m in FFN
+        )
+        scores = group_scores(of_up, of_gate, of_down, settings.aggregation)
+        kept = kept_channels(scores, *band)
+    up, gate, down = prune_ffn(up, gate, W_down, kept)
+    down = updated(down, W_down, input_of("down", trace), kept, settings)
     new = {
         f"{FFN['gate']}.weight": gate,
         f"{FFN['up']}.weight": up,
@@ -403,6 +442,30 @@ def compress_ffn(
     return new, kept, scores
 
 
+def updated(
+    pruned: Array, W: Array, X: Array, kept: NDArray[np.int64], settings: Settings
+) -> Array:
+    """What reads the channels or heads that stay: as it was, or by least squares.
+
+    Parameters
+    ----------
+    pruned : (d_out, k)
+        The kept columns of W.
+    W : (d_out, d_in)
+    X : (tokens, d_in)
+        Its input.
+    kept : (k,)
+    settings : Settings
+
+    Notes
+    -----
+    SPEC: ``algorithm.update``.
+    """
+    if settings.update == "none" or kept.size == W.shape[1]:
+        return pruned
+    return least_squares_update(W, statistics.second_moment(X), kept, settings.ridge)
+
+
 def compress_heads(
     layer: Mapping[str, Array],
     trace: llama.LayerTrace,
@@ -410,12 +473,13 @@ def compress_heads(
     band: tuple[int, int],
     settings: Settings,
     gradients: Mapping[str, Array] | None = None,
+    original: Mapping[str, Array] | None = None,
 ) -> tuple[dict[str, Array], NDArray[np.int64], Array]:
     """The MHA step by head pruning: scores of the groups of heads, and those that stay.
 
     Parameters
     ----------
-    layer, trace, settings, gradients
+    layer, trace, settings, gradients, original
         As for ``compress_ffn``.
     shape : llama.LlamaShape
     band : (int, int)
@@ -432,9 +496,9 @@ def compress_heads(
 
     Notes
     -----
-    SPEC: ``algorithm.heads``.
+    SPEC: ``algorithm.heads``, ``algorithm.update``.
     """
-    q, k, v, o = (weight_scores(layer, trace, m, settings, gradients) for m in MHA)
+    q, k, v, o = (weight_scores(layer, trace, m, settings, gradients, original) for m in MHA)
     scores = heads.head_scores(q, k, v, o, shape.kv_heads, settings.aggregation)
     kept = kept_channels(scores, *band)
     q, k, v, o = (layer[f"{name}.weight"] for name in MHA.values())
@@ -444,6 +508,9 @@ def compress_heads(
             MHA.values(), heads.prune_heads(q, k, v, o, kept, shape.kv_heads), strict=True
         )
     }
+    name, W_o = f"{MHA['o']}.weight", layer[f"{MHA['o']}.weight"]
+    columns = heads.head_rows(kept, W_o.shape[1], shape.kv_heads)
+    new[name] = updated(new[name], W_o, input_of("o", trace), columns, settings)
     for m, name in MHA.items():
         if f"{name}.bias" in layer:
             bias = layer[f"{name}.bias"]
@@ -459,6 +526,7 @@ def compress_layer(
     settings: Settings,
     sizes: Sizes | None = None,
     gradients: Mapping[str, Array] | None = None,
+    h_dense: Array | None = None,
 ) -> CompressedLayer:
     """Algorithm 1 for one layer: statistics, compression, the next layer's input.
 
@@ -474,6 +542,8 @@ def compress_layer(
         By default ``layer_sizes``.
     gradients : mapping, optional
         Gradients of the loss of the UNcompressed model by the layer's weights, for ``taylor``.
+    h_dense : (N, L, d), optional
+        Output of the UNcompressed layers before this one; `h` by default.
 
     Returns
     -------
@@ -483,9 +553,13 @@ def compress_layer(
     -----
     SPEC: ``algorithm.sequence``: one forward of the uncompressed layer gives the statistics of all
     seven linears, so that o and down see what the uncompressed q, k, v, gate and up give them.
+    Unless there are stages: ``algorithm.stages``.
     """
     trace = llama.layer_forward(layer, shape, h)
     sizes = layer_sizes(layer, shape, settings) if sizes is None else sizes
+    if settings.dense_target is not None:
+        dense = trace if h_dense is None else llama.layer_forward(layer, shape, h_dense)
+        return compress_by_stages(layer, shape, h, settings, sizes, gradients, dense)
     mha: dict[str, Array] | None = None
     ffn: dict[str, Array] | None = None
     kept = kept_heads = scores = head_scores = None
@@ -505,6 +579,70 @@ def compress_layer(
             new = {k: v for k, v in new.items() if not k.startswith(tuple(names.values()))} | part
     output = llama.layer_forward(new, shape, h).output
     return CompressedLayer(new, sizes.ranks, kept, kept_heads, scores, head_scores, trace, output)
+
+
+def compress_by_stages(
+    layer: Mapping[str, Array],
+    shape: llama.LlamaShape,
+    h: Array,
+    settings: Settings,
+    sizes: Sizes,
+    gradients: Mapping[str, Array] | None,
+    dense: llama.LayerTrace,
+) -> CompressedLayer:
+    """A layer stage by stage, each matrix regressed to a target that the dense model has part in.
+
+    Parameters
+    ----------
+    layer, shape, h, settings, sizes, gradients
+        As for ``compress_layer``.
+    dense : llama.LayerTrace
+        Of the layer in the UNcompressed model.
+
+    Notes
+    -----
+    SPEC: ``algorithm.stages``, ``target.regression``.
+    """
+    assert settings.dense_target is not None
+    targets, current = dict(layer), dict(layer)
+    kept = kept_heads = scores = head_scores = None
+    seen: dict[str, Array] = {}
+    for stage in STAGES:
+        trace = llama.layer_forward(current, shape, h)
+        X, X_d = (getattr(t, stage) for t in (trace, dense))
+        seen[stage] = X
+        X, X_d = (x.reshape(-1, x.shape[-1]) for x in (X, X_d))
+        C, M = statistics.second_moment(X), statistics.cross_moment(X_d, X)
+        for sublayer in settings.sublayers:
+            names = MHA if sublayer == "mha" else FFN
+            for m, linear in names.items():
+                if STAGE_OF[m] == stage:
+                    name = f"{linear}.weight"
+                    targets[name] = current[name] = regressed_weight(
+                        layer[name], C, M, settings.dense_target, settings.ridge
+                    )
+            new: dict[str, Array] = {}
+            if settings.low_rank(sublayer) is not None:
+                new = factor_matrices(targets, trace, sublayer, sizes, settings, stage)
+            elif sublayer == "mha" and stage == "o":
+                assert sizes.heads is not None
+                given = replace(trace, attention=seen["attention"])
+                new, kept_heads, head_scores = compress_heads(
+                    targets, given, shape, sizes.heads, settings, gradients, layer
+                )
+            elif sublayer == "ffn" and stage == "down":
+                assert sizes.channels is not None
+                given = replace(trace, ffn=seen["ffn"])
+                new, kept, scores = compress_ffn(
+                    targets, given, sizes.channels, settings, gradients, layer
+                )
+            done = tuple(names[m] for m in names if any(k.startswith(f"{names[m]}.") for k in new))
+            current = {k: v for k, v in current.items() if not k.startswith(done)} | new
+    output = llama.layer_forward(current, shape, h)
+    given = replace(output, **seen)
+    return CompressedLayer(
+        current, sizes.ranks, kept, kept_heads, scores, head_scores, given, output.output
+    )
 
 
 @dataclass(frozen=True)
@@ -679,12 +817,14 @@ def compress(
     gradients: Mapping[str, Array] = {}
     if settings.importance == "taylor":
         gradients = gradient.loss_gradients(weights, shape, ids)
-    h = llama.embed(weights, ids)
+    h = h_dense = llama.embed(weights, ids)
     steps = []
     for index in range(shape.layers):
         layer = llama.layer_weights(weights, index)
         own = llama.layer_weights(gradients, index)
-        step = compress_layer(layer, shape, h, settings, sizes[index], own)
+        step = compress_layer(layer, shape, h, settings, sizes[index], own, h_dense)
+        if settings.dense_target is not None:
+            h_dense = llama.layer_forward(layer, shape, h_dense).output
         new |= {f"model.layers.{index}.{name}": value for name, value in step.weights.items()}
         steps.append(step)
         h = step.output

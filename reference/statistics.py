@@ -109,6 +109,26 @@ def second_moment(X: Array) -> Array:
     return np.asarray(X.T @ X)
 
 
+def cross_moment(X: Array, Y: Array) -> Array:
+    """Second moment of two inputs of the same tokens: ``X^T Y``.
+
+    Parameters
+    ----------
+    X : (tokens, d_x)
+    Y : (tokens, d_y)
+
+    Returns
+    -------
+    (d_x, d_y)
+        Additive over batches.
+
+    Notes
+    -----
+    SPEC: ``stats.cross-moment``.
+    """
+    return X.T @ Y
+
+
 def token_mean(total: Array, n: int) -> Array:
     """Mean over tokens, from the sum; 0 where there are none.
 

@@ -655,6 +655,39 @@ METHODS: dict[str, dict[str, Any]] = {
     "joint": {"joint_qk": True},
     "heads": {"mha": "heads", "ratio": 0.5},
     "heads by magnitude": {"mha": "heads", "importance": "magnitude", "ratio": 0.5},
+    "heads, refitted": {"mha": "heads", "ratio": 0.5, "update": "least-squares"},
+    "refitted": {"update": "least-squares", "ratio": 0.5},
+    "one by one": {"selection": "obs", "ratio": 0.4},
+    "one by one, refitted": {"selection": "obs", "update": "least-squares", "ratio": 0.5},
+    "best": {
+        "mha": "pca",
+        "selection": "obs",
+        "update": "least-squares",
+        "dense_target": 0.5,
+        "ratio": 0.4,
+    },
+    "staged": {"dense_target": 0.5, "ratio": 0.2, "ratio_scope": "layer"},
+    "staged, none of the target": {"dense_target": 0.0, "mha": "asvd", "ffn": "svd"},
+    "staged, joint afm": {"dense_target": 1.0, "mha": "afm", "ffn": "afm", "joint_qk": True},
+    "staged heads": {
+        "dense_target": 0.5,
+        "mha": "heads",
+        "update": "least-squares",
+        "importance": "magnitude",
+        "ratio": 0.5,
+    },
+    "staged by taylor": {"dense_target": 0.3, "importance": "taylor"},
+    "staged with gaps": {
+        "dense_target": 0.5,
+        "mha": "pca",
+        "ratio": 0.2,
+        "ratio_scope": "layer",
+        "overrides": (
+            Override("layers.0", skip=True),
+            Override("layers.1.self_attn.o_proj", skip=True),
+        ),
+    },
+    "staged ffn": {"dense_target": 0.5, "sublayers": ("ffn",), "importance": "magnitude"},
     "taylor": {"importance": "taylor"},
     "heads by taylor": {"mha": "heads", "importance": "taylor", "ratio": 0.5},
     "mgaa": {"allocation": "mgaa"},
@@ -710,6 +743,9 @@ OTHER_IDS = {
     "joint": ("layers.0.self_attn.qk_proj", "norms of the inputs (attention), rms"),
     "heads": ("layers.0.self_attn", "norms of the inputs (attention), rms"),
     "heads by magnitude": None,
+    "one by one, refitted": ("layers.0.mlp", "norms of the inputs (down), rms"),
+    "best": ("layers.0.mlp", "norms of the inputs (down), rms"),
+    "staged heads": ("layers.1.self_attn", "norms of the inputs (o), rms"),
     "taylor": ("layers.1.ffn.scores", "scores by gradients, rms"),
     "mgaa": ("layers.0.mha.similarity", "similarity"),
     "mgaa-within, all low rank": ("layers.2.mlp.gate_proj.spectrum", "eigenvalues, norm"),
@@ -775,6 +811,132 @@ def test_one_percent_of_a_bias_of_afm_is_caught(tmp_path: Path) -> None:
     change(output, name, lambda t: torch.cat([t[:3], t[3:4] * 1.01, t[4:]]))
     found = breaches(audit(original, output, layers=[1]))["layers.1.self_attn.v_proj"]
     assert [check.name for check in found] == ["bias"]
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "name"),
+    [
+        ("refitted", "mlp", "mlp.down_proj.weight"),
+        ("one by one, refitted", "mlp", "mlp.down_proj.weight"),
+        ("heads, refitted", "self_attn", "self_attn.o_proj.weight"),
+    ],
+)
+def test_what_a_refit_gave_is_compared(method: str, module: str, name: str, tmp_path: Path) -> None:
+    original, output = pair_by(method, tmp_path, torch.float32)
+    said = json.loads((output / REPORT).read_text())["layers"]
+    index = next(i for i, layer in enumerate(said) if module in layer["modules"])
+    prefix, where = f"model.layers.{index}.", f"layers.{index}.{module}"
+    report = said[index]["modules"][module]
+    kept = report["kept_channels" if module == "mlp" else "kept_kv_heads"]
+
+    def caught(edit: Callable[[Tensor], Tensor], names: str = name) -> set[str]:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(output, copy)
+        change(copy, f"{prefix}{names}", edit)
+        return {check.name for check in breaches(audit(original, copy, layers=[index]))[where]}
+
+    error = f"{'down' if module == 'mlp' else 'o'}: error of the outputs above the optimum"
+    weight = load_file(original / "model.safetensors")[f"{prefix}{name}"]
+    size = weight.shape[1] // (48 if module == "mlp" else 2)
+    columns = [unit * size + at for unit in kept for at in range(size)]
+    assert error in caught(lambda _: weight[:, columns])
+    assert error in caught(lambda t: 1.001 * t)
+    assert error in caught(lambda t: one_percent((4, int(t[4].abs().argmax())))(t))
+    biased = f"{'mlp.gate' if module == 'mlp' else 'self_attn.q'}_proj"
+    assert caught(next_up((5, 5)), f"{biased}.weight") == {f"{biased}.weight"}
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "name", "check"),
+    [
+        ("best", "self_attn.q_proj", "left", "error above the optimum"),
+        ("best", "self_attn.o_proj", "right", "error above the optimum"),
+        ("best", "mlp", "gate_proj", "gate: distance of the outputs from the target's"),
+        ("best", "mlp", "down_proj", "down: distance of the outputs from the target's"),
+        ("staged", "self_attn.v_proj", "", "v: distance of the outputs from the target's"),
+        ("staged, joint afm", "mlp.up_proj", "left", "error above the optimum"),
+        ("staged heads", "self_attn", "o_proj", "o: distance of the outputs from the target's"),
+        ("staged with gaps", "self_attn.o_proj", "", "self_attn.o_proj.weight"),
+    ],
+)
+def test_a_changed_entry_of_a_staged_layer_is_caught(
+    method: str, module: str, name: str, check: str, tmp_path: Path
+) -> None:
+    """1% of a large one; one last place of what is skipped."""
+    original, output = pair_by(method, tmp_path, torch.float32)
+    full = f"{LAYER}{module}.{name + '.' if name else ''}weight"
+
+    def edit(tensor: Tensor) -> Tensor:
+        at = divmod(int(tensor.abs().argmax()), tensor.shape[1])
+        return (next_up if check.endswith(".weight") else one_percent)(at)(tensor)
+
+    change(output, full, edit)
+    found = {c.name for c in breaches(audit(original, output, layers=[1]))[f"layers.1.{module}"]}
+    assert check in found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_are_not_fitted_to_their_targets_are_caught(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Those of a run without a target, made to look like one."""
+    original, output = pair_by("staged", tmp_path, dtype)
+    ids = token_ids(8, 24, seed=0)
+    settings = METHODS["staged"] | {"dense_target": 0.0}
+    plain = compress(original, tmp_path / "plain", ids, **settings)
+    report = json.loads((output / REPORT).read_text())["settings"]
+    change_report(plain, lambda r: r.update(settings=report))
+    names = {name for name in breaches(audit(original, plain)) if name.startswith("layers.2")}
+    assert {"layers.2.self_attn.v_proj", "layers.2.mlp"} <= names
+
+
+def test_what_is_said_of_removals_is_compared(tmp_path: Path) -> None:
+    original, output = pair_by("one by one, refitted", tmp_path, torch.float32)
+
+    def caught(edit: Callable[[dict[str, Any]], None]) -> set[str]:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(output, copy)
+        change_report(copy, lambda report: edit(report["layers"][1]["modules"]["mlp"]))
+        found = breaches(audit(original, copy, layers=[1]))
+        return {check.name for check in found["layers.1.mlp"]}
+
+    assert caught(lambda mlp: mlp["removed_channels"].reverse()) == {"removals"}
+    listed = "report: removed channels"
+    assert caught(lambda mlp: mlp["removed_channels"].pop()) == {listed}
+    assert caught(lambda mlp: mlp["removed_channels"].append(0)) == {listed}
+    error = "relative_output_error"
+    changed = caught(lambda mlp: mlp.__setitem__(error, 1.01 * mlp[error]))
+    assert changed == {"report: relative output error"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_channel_that_costs_more_than_another_is_caught(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """The last removed one back, and the best one of those kept out, the weights refitted to it."""
+    original, output = pair_by("one by one", tmp_path, dtype)
+    whole = load_file(original / "model.safetensors")
+
+    def edit(report: dict[str, Any]) -> None:
+        mlp = report["layers"][1]["modules"]["mlp"]
+        norms = whole[f"{LAYER}mlp.down_proj.weight"].double().norm(dim=0)
+        best = max(mlp["kept_channels"], key=lambda channel: float(norms[channel]))
+        mlp["kept_channels"].remove(best)
+        mlp["kept_channels"] = sorted([*mlp["kept_channels"], mlp["removed_channels"][-1]])
+        mlp["removed_channels"][-1] = best
+        kept = torch.tensor(mlp["kept_channels"])
+        for role in ("gate", "up"):
+            for kind in ("weight", "bias"):
+                name = f"{LAYER}mlp.{role}_proj.{kind}"
+                change(output, name, lambda _, name=name: whole[name][kept])
+        name = f"{LAYER}mlp.down_proj.weight"
+        change(output, name, lambda _: whole[name][:, kept])
+
+    change_report(output, edit)
+    found = {check.name for check in breaches(audit(original, output, layers=[1]))["layers.1.mlp"]}
+    assert "removals" in found
 
 
 @pytest.mark.parametrize("method", ["heads", "heads by magnitude", "heads by taylor"])

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import lorap
 from lorap import cli
-from lorap.config import RUN_OPTIONS, CompressionConfig
+from lorap.config import PRESETS, RUN_OPTIONS, CompressionConfig
 from lorap.data import NAMED_SOURCES
 from lorap.wording import spans
 from tests.tiny_models import save_tiny_checkpoint
@@ -86,19 +86,22 @@ def test_every_setting_is_an_option_or_a_list_in_the_recipe() -> None:
     names = {parameter.name for parameter in COMMANDS["compress"].params}
     settings = {field for field in CompressionConfig.__dataclass_fields__ if field != "overrides"}
     assert settings | set(RUN_OPTIONS) <= names
-    assert names - settings - set(RUN_OPTIONS) == {"model", "config", "as_json"}
+    assert names - settings - set(RUN_OPTIONS) == {"model", "config", "preset", "as_json"}
 
 
 def test_defaults_in_the_help_are_those_of_the_settings() -> None:
     shown = {p.name: p.show_default for p in COMMANDS["compress"].params}
     defaults = CompressionConfig()
-    for name in ("ratio_scope", "mha", "ffn", "importance", "aggregation", "weighting", "device"):
+    texts = ("ratio_scope", "mha", "ffn", "importance", "aggregation", "weighting", "device")
+    for name in (*texts, "selection", "update"):
         assert shown[name] == getattr(defaults, name)
     for name in ("samples", "seqlen", "seed"):
         assert shown[name] == str(getattr(defaults, name))
-    for name in ("allocation", "least_important", "asvd_alpha", "mgaa_alpha", "mgaa_floor"):
+    shares = ("allocation", "least_important", "asvd_alpha", "mgaa_alpha", "mgaa_floor", "ridge")
+    for name in shares:
         assert float(shown[name]) == getattr(defaults, name)
     assert (shown["joint_qk"], defaults.joint_qk) == ("no", False)
+    assert (shown["dense_target"], defaults.dense_target) == ("off", None)
     assert shown["sublayers"] == ",".join(defaults.sublayers)
 
 
@@ -244,6 +247,7 @@ OPTIONS: list[dict[str, Any]] = [
         "aggregation": "l1",
         "importance": "taylor",
     },
+    {"selection": "obs", "update": "least-squares", "dense_target": 0.5, "ridge": 0.01},
     {
         "mha": "pca",
         "ffn": "asvd",
@@ -273,6 +277,21 @@ def test_every_option_reaches_the_report(
     assert settings == CompressionConfig().to_dict() | options
     weights = load_file(tmp_path / "o" / "model-00001-of-00004.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("in_recipe", [False, True])
+def test_a_preset_is_recorded_as_what_it_stands_for(
+    in_recipe: bool, model: Path, ids: Path, tmp_path: Path
+) -> None:
+    words: list[Any] = ["--preset", "best"]
+    if in_recipe:
+        (tmp_path / "recipe.yaml").write_text("preset: best\nseed: 3\n")
+        words = ["--config", tmp_path / "recipe.yaml"]
+    compress(model, ids, tmp_path / "o", "--ratio", 0.3, *words, "--mha", "svd")
+    settings = json.loads((tmp_path / "o" / "lorap_report.json").read_text())["settings"]
+    expected = {**PRESETS["best"], "mha": "svd", "ratio": 0.3}
+    assert {name: settings[name] for name in expected} == expected
+    assert "preset" not in settings
 
 
 def test_the_options_above_are_all_that_there_are() -> None:

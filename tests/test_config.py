@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorap.config import CompressionConfig, Override, load_recipe
+from lorap.config import PRESETS, CompressionConfig, Override, load_recipe
 from lorap.errors import UsageError
 
 
@@ -61,6 +61,11 @@ def test_numbers_of_an_override_are_stored_as_plain_ones() -> None:
             {"allocation": 1000.1},
             "allocation: expected a number from 0.001 to 1000, or one of mgaa",
         ),
+        ({"dense_target": 1.01}, "dense_target: expected a share from 0 to 1, got 1.01"),
+        ({"ridge": 0}, "ridge: expected a share from 1e-06 to 1, got 0.0"),
+        ({"ridge": 1.5}, "ridge: expected a share from 1e-06 to 1"),
+        ({"selection": "best"}, "selection: expected one of scores, obs, got 'best'"),
+        ({"update": True}, "update: expected one of none, least-squares, got True"),
         ({"sublayers": "mlp"}, "sublayers: expected one of mha, ffn, got 'mlp'"),
         ({"sublayers": ""}, "sublayers"),
         ({"sublayers": None}, "sublayers: expected mha, ffn or both, got None"),
@@ -75,6 +80,24 @@ def test_values_of_another_kind_are_refused(given: dict[str, Any], fragment: str
     with pytest.raises(UsageError) as caught:
         CompressionConfig(**given)
     assert fragment in str(caught.value)
+
+
+def test_a_preset_gives_defaults() -> None:
+    for name, settings in PRESETS.items():
+        config = CompressionConfig.from_preset(name, ratio=0.2)
+        assert config == CompressionConfig(ratio=0.2, **settings)
+    assert CompressionConfig.from_preset("lorap") == CompressionConfig()
+
+
+def test_what_is_given_wins_over_a_preset_and_drops_what_has_no_effect_beside_it() -> None:
+    best = CompressionConfig.from_preset("best", ffn="pca")
+    assert (best.ffn, best.mha, best.selection, best.update) == ("pca", "pca", "scores", "none")
+    mgaa = CompressionConfig.from_preset("mgaa", mha="heads", ffn="channels")
+    assert (mgaa.joint_qk, mgaa.allocation) == (False, "mgaa")
+    with pytest.raises(UsageError, match="importance taylor: has no effect"):
+        CompressionConfig.from_preset("best", importance="taylor")
+    with pytest.raises(UsageError, match="expected one of lorap, mgaa, best, got 'paper'"):
+        CompressionConfig.from_preset("paper")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("allocation", [0.001, 1, 1000])

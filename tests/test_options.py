@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from lorap import cli
 from lorap.checkpoint.reader import CheckpointReader
+from lorap.config import PRESETS
 from lorap.pipeline.activations import Store
 from tests.tiny_models import save_tiny_checkpoint
 
@@ -42,6 +43,11 @@ COVERED = {
     "importance",
     "least_important",
     "aggregation",
+    "preset",
+    "selection",
+    "update",
+    "dense_target",
+    "ridge",
     "weighting",
     "asvd_alpha",
     "sublayers",
@@ -252,6 +258,60 @@ def test_importance_chooses_other_channels(bench: Bench, base: Written) -> None:
         assert not same(found[index].weights, found[other].weights, "layers.0.mlp")
 
 
+def test_preset_stands_for_its_settings(bench: Bench, base: Written) -> None:
+    assert same(bench.compress("--preset", "lorap").weights, base.weights)
+    for preset in ("mgaa", "best"):
+        words = [
+            word
+            for name, value in PRESETS[preset].items()  # type: ignore[index]
+            for word in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))
+        ]
+        written = bench.compress("--preset", preset)
+        assert same(written.weights, bench.compress(*words).weights)
+        assert not same(written.weights, base.weights)
+
+
+def test_selection_chooses_other_channels(bench: Bench, base: Written) -> None:
+    other = bench.compress("--selection", "obs")
+    assert same(other.weights, base.weights, "layers.0.self_attn")
+    assert not same(other.weights, base.weights, "layers.0.mlp")
+    assert other.widths() == base.widths()
+
+
+def test_update_refits_what_reads_the_rest(bench: Bench, base: Written) -> None:
+    other = bench.compress("--update", "least-squares")
+    for part in ("self_attn", "mlp.gate", "mlp.up"):
+        assert same(other.weights, base.weights, f"layers.0.{part}")
+    assert not same(other.weights, base.weights, "layers.0.mlp.down")
+    heads = [
+        bench.compress("--mha", "heads", *words) for words in ([], ["--update", "least-squares"])
+    ]
+    assert same(heads[0].weights, heads[1].weights, "layers.0.self_attn.v")
+    assert not same(heads[0].weights, heads[1].weights, "layers.0.self_attn.o")
+    assert {name: t.shape for name, t in other.weights.items()} == {
+        name: t.shape for name, t in base.weights.items()
+    }
+
+
+def test_dense_target_is_what_the_matrices_are_fitted_to(bench: Bench, base: Written) -> None:
+    found = [bench.compress("--dense-target", share) for share in (0, 0.5, 1)]
+    for index, (one, two) in enumerate(((0, 1), (1, 2))):
+        assert not same(found[one].weights, found[two].weights, "layers.1.mlp.up"), index
+    assert all(written.layers == base.layers for written in found)
+
+
+def test_ridge_holds_the_weights_back(bench: Bench, base: Written) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    moved = [
+        torch.linalg.norm(
+            bench.compress("--update", "least-squares", "--ridge", ridge).weights[name]
+            - base.weights[name]
+        )
+        for ridge in (1e-4, 1e-2, 1)
+    ]
+    assert moved[0] > moved[1] > moved[2] > 0
+
+
 def test_asvd_alpha_weights_the_features(bench: Bench) -> None:
     flat, steep = (bench.compress("--mha", "asvd", "--asvd-alpha", a) for a in (0, 2))
     plain = bench.compress("--mha", "svd")
@@ -270,6 +330,11 @@ def test_asvd_alpha_weights_the_features(bench: Bench) -> None:
         (["--joint-qk", "--sublayers", "ffn"], "low-rank attention"),
         (["--importance", "taylor", "--ffn", "svd"], "ffn channels or mha heads"),
         (["--aggregation", "l1", "--sublayers", "mha"], "ffn channels or mha heads"),
+        (["--selection", "obs", "--ffn", "pca"], "ffn channels"),
+        (["--selection", "obs", "--importance", "taylor"], "selection scores or mha heads"),
+        (["--selection", "obs", "--least-important", 0.1], "selection scores or mha heads"),
+        (["--update", "least-squares", "--ffn", "svd"], "ffn channels or mha heads"),
+        (["--ridge", 0.1], "selection obs, update least-squares or dense_target"),
         (["--mgaa-alpha", 0.1], "allocation mgaa"),
         (["--mgaa-alpha", 0.1, "--allocation", "mgaa-within"], "allocation mgaa"),
         (["--allocation", "mgaa-within", "--mha", "heads"], "a low-rank method"),

@@ -43,12 +43,13 @@ TOLD: Mapping[Method, frozenset[Statistic]] = {
 }
 """What a low-rank method is told of an input (rule ``algorithm.low-rank``)."""
 
-_TAKEN: Mapping[Statistic, Callable[[Array], Array]] = {
+TAKEN: Mapping[Statistic, Callable[[Array], Array]] = {
     "squares": statistics.sum_of_squares,
     "magnitudes": statistics.sum_of_magnitudes,
     "sum": statistics.token_sum,
     "moment": statistics.second_moment,
 }
+"""Statistic to what takes it of the tokens ``(n, d_in)``."""
 
 
 def low_rank_method(settings: CompressionConfig, sublayer: Sublayer) -> Method:
@@ -59,11 +60,16 @@ def low_rank_method(settings: CompressionConfig, sublayer: Sublayer) -> Method:
     return method
 
 
-def needed(module: Module, settings: CompressionConfig) -> frozenset[Statistic]:
-    """Return what a module was compressed by."""
+def needed(module: Module, role: str, settings: CompressionConfig) -> frozenset[Statistic]:
+    """Return what a module was compressed by, of the input of its linear of that role."""
     if module.rank is not None:
         return TOLD[low_rank_method(settings, module.sublayer)]
-    if module.band is not None and settings.importance == "activation":
+    if module.band is None:
+        return frozenset()
+    one_by_one = module.unit == "channels" and settings.selection == "obs"
+    if role in ("o", "down") and (one_by_one or settings.update != "none"):
+        return frozenset({"moment"})
+    if settings.importance == "activation" and not one_by_one:
         return frozenset({"squares"})
     return frozenset()
 
@@ -74,7 +80,7 @@ Sums = Mapping[Statistic, Pair[Array]]
 def collect(
     steps: Iterable[Step],
     modules: Iterable[Module],
-    needs: Callable[[Module], frozenset[Statistic]],
+    needs: Callable[[Module, str], frozenset[Statistic]],
     where: str,
 ) -> dict[Input, Sums]:
     """Take sums over the tokens of a layer's inputs, in both runs.
@@ -86,7 +92,7 @@ def collect(
     modules : iterable of Module
         Of the layer.
     needs : callable
-        What a module needs of the inputs of its linears.
+        What a module needs of the input of its linear of that role.
     where : str
         What the layer is, for the error.
 
@@ -102,15 +108,16 @@ def collect(
     """
     wanted: dict[Input, set[Statistic]] = {}
     for module in modules:
-        for role in module.roles if needs(module) else ():
-            wanted.setdefault(INPUT_OF[role], set()).update(needs(module))
+        for role in module.roles:
+            if needs(module, role):
+                wanted.setdefault(INPUT_OF[role], set()).update(needs(module, role))
     sums: dict[Input, dict[Statistic, Pair[Array]]] = {kind: {} for kind in wanted}
     for step in steps:
         for kind, names in wanted.items():
             exact = _tokens(getattr(step.trace.exact, kind))
             rounded = _tokens(getattr(step.trace.rounded, kind))
             for name in names:
-                found = Pair(_TAKEN[name](exact), _TAKEN[name](rounded))
+                found = Pair(TAKEN[name](exact), TAKEN[name](rounded))
                 before = sums[kind].get(name)
                 if before is not None:
                     found = Pair(before.exact + found.exact, before.rounded + found.rounded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from lorap.audit.inputs import INPUT_OF, Input, Inputs, against_record, collect,
 from lorap.audit.results import Check, ModuleAudit
 from lorap.audit.selections import selection_checks
 from lorap.audit.sizes import Module
+from lorap.audit.stages import audit_stages
 
 
 def audit_layers(
@@ -32,12 +34,23 @@ def audit_layers(
     advance : callable
         Called after each layer.
     """
+    staged = context.record.settings.dense_target is not None
+    # Of the uncompressed model, from the same embeddings.
+    dense = copy.deepcopy(runs) if staged else None
     for index in range(chosen[-1] + 1):
         prefix = f"{context.reader.family.layers_path}.{index}."
         held = context.stored.load(prefix)
-        if index in chosen:
+        if index in chosen or dense is not None:
             given = context.reader.load(prefix)
-            yield from _audit_layer(context, runs, index, given, held)
+            if index not in chosen:
+                pass
+            elif dense is not None:
+                yield from audit_stages(context, runs, dense, index, given, held)
+            else:
+                yield from _audit_layer(context, runs, index, given, held)
+            if dense is not None:
+                for _ in dense.advance(given, f"layers.{index} of the original"):
+                    pass
             del given
         for _ in runs.advance(held, f"layers.{index} of the compressed model"):
             pass
@@ -68,9 +81,11 @@ def _inputs(
 ) -> dict[Input, Inputs]:
     """Recompute what the layer was compressed by, and compare what is recorded of it."""
     settings, modules = context.record.settings, context.plan.layers[index].values()
-    if not any(needed(module, settings) for module in modules):
+    if not any(needed(module, role, settings) for module in modules for role in module.roles):
         return {}
-    sums = collect(runs.forward(given), modules, lambda m: needed(m, settings), f"layers.{index}")
+    sums = collect(
+        runs.forward(given), modules, lambda m, role: needed(m, role, settings), f"layers.{index}"
+    )
     eps = context.compute.eps
     return {
         kind: against_record(found, runs.tokens, kind, index, context.record, eps)

@@ -87,7 +87,7 @@ def _audit_layer(
         if spectra and module.sublayer in settings.energy_sublayers
     ]
 
-    def needs(module: Module) -> frozenset[Statistic]:
+    def needs(module: Module, _: str) -> frozenset[Statistic]:
         return TOLD[low_rank_method(settings, module.sublayer)]
 
     cosines = Cosines()

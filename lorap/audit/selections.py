@@ -15,6 +15,7 @@ from lorap.audit.comparisons import EPS64, equal, number, same_bits
 from lorap.audit.context import Context
 from lorap.audit.files import linear_name, pruned_axis
 from lorap.audit.inputs import INPUT_OF, Input, Inputs
+from lorap.audit.refits import READER, refit_checks
 from lorap.audit.results import Check
 from lorap.audit.sizes import Module
 from lorap.config import Sublayer
@@ -47,13 +48,16 @@ def selection_checks(
     assert module.band is not None
     settings, said = context.record.settings, context.record.said(module.layer, module.name)
     checks = [check for found in inputs.values() for check in found.checks]
-    kept, listed = _listed(module, said)
-    checks.append(listed)
+    kept, check = listed(module, said)
+    checks.append(check)
     if not kept.size:
         return checks
     checks += _sliced(context, module, kept, given, held)
+    checks += refit_checks(context, module, kept, given, held, inputs, said)
+    if module.unit == "channels" and settings.selection == "obs":
+        return checks
     if settings.importance == "taylor":
-        return checks + _by_scores(context, module, kept, said)
+        return checks + by_scores(context, module, kept, said)
 
     W = {
         role: given[f"{linear_name(context.reader.family, role)}.weight"].double().numpy()
@@ -81,11 +85,11 @@ def selection_checks(
             for role, weight in _weighted(W, norms, "recomputed").items()
         }
         band = score(moved)
-        checks += _cut_checks("recomputed scores", module, C, band, kept)
+        checks += cut_checks("recomputed scores", module, C, band, kept)
         scores = _weighted(W, norms, "recorded")
     C = score(scores)
-    checks += _cut_checks(basis, module, C, relative * C, kept)
-    checks += _numbers_at_cut(module, C, said, relative)
+    checks += cut_checks(basis, module, C, relative * C, kept)
+    checks += numbers_at_cut(module, C, said, relative)
     return checks + _energies(module, scores, kept, said, relative)
 
 
@@ -119,18 +123,18 @@ def unit_scores(
     return found
 
 
-def _listed(module: Module, said: Mapping[str, Any]) -> tuple[NDArray[np.int64], Check]:
+def listed(module: Module, said: Mapping[str, Any]) -> tuple[NDArray[np.int64], Check]:
     """Return the kept channels or groups that the report lists; none where it is no such list."""
     units, what = module.shape[0], "channels" if module.unit == "channels" else "kv heads"
     name = f"report: kept {what}"
-    listed = said.get("kept_channels" if module.unit == "channels" else "kept_kv_heads")
+    found = said.get("kept_channels" if module.unit == "channels" else "kept_kv_heads")
     if (
-        isinstance(listed, list)
-        and len(listed) == module.kept
-        and all(type(unit) is int and 0 <= unit < units for unit in listed)
-        and all(a < b for a, b in pairwise(listed))
+        isinstance(found, list)
+        and len(found) == module.kept
+        and all(type(unit) is int and 0 <= unit < units for unit in found)
+        and all(a < b for a, b in pairwise(found))
     ):
-        return np.array(listed, dtype=np.int64), Check(name, 0, 0)
+        return np.array(found, dtype=np.int64), Check(name, 0, 0)
     detail = f"expected {module.kept} ascending {what} below {units}"
     return np.array([], dtype=np.int64), Check(name, 1, 0, detail)
 
@@ -142,12 +146,13 @@ def _sliced(
     given: Mapping[str, Tensor],
     held: Mapping[str, Tensor],
 ) -> list[Check]:
-    """Compare what is left of the block's tensors, bit for bit."""
+    """Compare what is left of the block's tensors, bit for bit; not what is refitted."""
     checks = []
+    refitted = READER[module.sublayer] if context.record.settings.update != "none" else None
     for role in module.roles:
         for kind in ("weight", "bias"):
             name = f"{linear_name(context.reader.family, role)}.{kind}"
-            if name not in given:
+            if name not in given or (role == refitted and kind == "weight"):
                 continue
             part, axis = given[name], pruned_axis(role, kind)
             if axis is not None:
@@ -157,7 +162,7 @@ def _sliced(
     return checks
 
 
-def _cut_checks(
+def cut_checks(
     name: str, module: Module, C: Array, band: Array, kept: NDArray[np.int64]
 ) -> list[Check]:
     """Compare the selection with the scores: nothing on the wrong side of a cut by its noise.
@@ -192,7 +197,7 @@ def _cut_checks(
     return checks
 
 
-def _numbers_at_cut(
+def numbers_at_cut(
     module: Module, C: Array, said: Mapping[str, Any], relative: float
 ) -> list[Check]:
     """Compare the scores on both sides of the two cuts with the report's."""
@@ -244,7 +249,7 @@ def _energies(
     return [*checks, number(name, energy_kept, said, "retained_energy", 4 * relative)]
 
 
-def _by_scores(
+def by_scores(
     context: Context, module: Module, kept: NDArray[np.int64], said: Mapping[str, Any]
 ) -> list[Check]:
     """Compare the selection with the recorded scores of gradients, exactly."""
@@ -255,4 +260,4 @@ def _by_scores(
     others = np.setdiff1d(pruning.kept_channels(C, *module.band), kept).size
     detail = f"{others} {module.unit} differ from the reference's" if others else ""
     checks = [Check(f"{module.unit} by recorded scores", others, 0, detail)]
-    return checks + _numbers_at_cut(module, C, said, 0.0)
+    return checks + numbers_at_cut(module, C, said, 0.0)

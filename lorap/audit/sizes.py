@@ -40,6 +40,8 @@ class Module:
         Of a matrix that is factored.
     band : (int, int) or None
         Of a block, what is removed in the ascending order of the scores; None where nothing is.
+    untouched : bool
+        Whether nothing may change it: its sub-layer is not compressed, or an override skips it.
     """
 
     layer: int
@@ -53,6 +55,7 @@ class Module:
     affine: bool = False
     rank: int | None = None
     band: tuple[int, int] | None = None
+    untouched: bool = False
 
     @property
     def path(self) -> str:
@@ -190,7 +193,10 @@ def make_plan(reader: CheckpointReader, record: Record) -> Plan:
 
     layers: list[dict[str, Module]] = [{} for _ in range(count)]
     for module in sized.values():
-        layers[module.layer][module.name] = module
+        override = overrides.get(module.path)
+        skipped = override is not None and override.skip
+        untouched = skipped or module.sublayer not in settings.sublayers
+        layers[module.layer][module.name] = replace(module, untouched=untouched)
     lost = sum(module.removed for module in sized.values())
     return Plan(tuple(layers), ratio, total, total - lost)
 

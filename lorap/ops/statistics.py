@@ -130,6 +130,36 @@ def second_moment(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     return total
 
 
+def cross_moment(inputs: Tensor, others: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Second moment of two inputs of the same tokens: ``inputs.T @ others``.
+
+    Parameters
+    ----------
+    inputs : (..., d_x)
+    others : (..., d_y)
+        The leading axes are those of `inputs`.
+    mask : (...), optional
+        As in ``sum_of_squares``.
+
+    Returns
+    -------
+    (d_x, d_y) float64
+        Additive over batches.
+
+    Notes
+    -----
+    SPEC: ``stats.cross-moment``, ``stats.padding``, ``precision.statistics``.
+    """
+    total = torch.zeros(
+        inputs.shape[-1], others.shape[-1], dtype=torch.float64, device=inputs.device
+    )
+    step = min(_step(inputs), _step(others))
+    pairs = zip(_chunks(inputs, mask, step), _chunks(others, mask, step), strict=True)
+    for chunk, other in pairs:
+        total.addmm_(chunk.T, other)
+    return total
+
+
 def token_mean(total: Tensor, tokens: int) -> Tensor:
     """Mean over tokens, from the sum; 0 where there are none.
 
@@ -176,12 +206,17 @@ def centred_moment(moment: Tensor, total: Tensor, tokens: int) -> Tensor:
     return moment - tokens * torch.outer(mean, mean)
 
 
-def _chunks(inputs: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+def _step(inputs: Tensor) -> int:
+    """Tokens that are widened at a time."""
+    return max(1, _CHUNK_ELEMENTS // max(1, inputs.shape[-1]))
+
+
+def _chunks(inputs: Tensor, mask: Tensor | None, step: int | None = None) -> Iterator[Tensor]:
     """Yield the tokens that count, ``(some, d_in)`` at a time, widened to float64."""
     features = inputs.shape[-1]
     tokens = inputs.reshape(inputs.shape[:-1].numel(), features)
     if mask is not None:
         tokens = tokens[mask.reshape(-1).bool()]
-    step = max(1, _CHUNK_ELEMENTS // max(1, features))
+    step = step or _step(inputs)
     for start in range(0, tokens.shape[0], step):
         yield tokens[start : start + step].to(torch.float64)

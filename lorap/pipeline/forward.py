@@ -14,7 +14,7 @@ from lorap.config import CompressionConfig
 from lorap.errors import LorapError
 from lorap.families import Family, LayerStructure
 from lorap.families.fused import split
-from lorap.pipeline.activations import Store, choose_place
+from lorap.pipeline.activations import Kept, Store, choose_place
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,6 +42,8 @@ class Batch:
     ----------
     kept : Kept
         The input of the next layer.
+    dense : Kept or None
+        The same in the uncompressed model, where that is carried along.
     tokens : int
         Tokens that count.
     """
@@ -58,6 +60,7 @@ class Batch:
         self._calls = calls
         self._store = store
         self.kept = store.keep(hidden)
+        self.dense: Kept | None = None
 
     def run(self, layer: nn.Module, index: int, hidden: Tensor | None = None) -> Tensor:
         """Return the output of decoder layer `index`.
@@ -87,6 +90,23 @@ class Batch:
                 f"{output.dtype}: a wider --dtype may help"
             )
         self.kept = self._store.keep(output)
+
+    def advance_dense(self, layer: nn.Module, index: int) -> None:
+        """Run layer `index` of the uncompressed model over its own hidden states.
+
+        Raises
+        ------
+        LorapError
+            If the output is not finite.
+        """
+        assert self.dense is not None
+        output = self.run(layer, index, self.dense.load())
+        if not torch.isfinite(output).all():
+            raise LorapError(
+                f"layers.{index}: the output of the uncompressed layer holds NaN or inf; computed "
+                f"in {output.dtype}: a wider --dtype may help"
+            )
+        self.dense = self._store.keep(output)
 
 
 @dataclass(frozen=True)
@@ -218,18 +238,21 @@ class Decoder:
         samples : Samples
         config : CompressionConfig, optional
             Its ``activations``, by default "auto"; a gradient needs the inputs of all layers at a
-            time.
+            time, a target that the uncompressed model has part in those of two models.
         folder : Path, optional
             For files; by default the system's folder of temporary ones.
         """
-        gradients = config is not None and config.measures_gradients
-        states = self.layers + 2 if gradients else 2
+        states = 2
+        if config is not None and config.dense_target is not None:
+            states = 4
+        if config is not None and config.measures_gradients:
+            states = max(states, self.layers + 2)
         size = samples.input_ids.numel() * self.config.hidden_size * self.dtype.itemsize
         wanted = "auto" if config is None else config.activations
         place = choose_place(wanted, states * size, self.device)
         return Store(place, self.device, folder)
 
-    def embed(self, samples: Samples, store: Store) -> list[Batch]:
+    def embed(self, samples: Samples, store: Store, *, dense: bool = False) -> list[Batch]:
         """Embed the samples, and learn from the model itself what it passes to its layers.
 
         Parameters
@@ -237,6 +260,8 @@ class Decoder:
         samples : Samples
         store : Store
             Where the hidden states wait between layers.
+        dense : bool
+            Carry the uncompressed model's hidden states along.
         """
         model, layers = self.without_layers(with_head=False)
         base = model.base_model
@@ -246,7 +271,9 @@ class Decoder:
             with torch.no_grad():
                 base(input_ids=ids, attention_mask=mask, use_cache=False)
             calls = [layer.call for layer in layers]
-            batches.append(Batch(layers[0].hidden, calls, mask, store))
+            batch = Batch(layers[0].hidden, calls, mask, store)
+            batch.dense = batch.kept if dense else None
+            batches.append(batch)
         return batches
 
     def without_layers(self, *, with_head: bool = True) -> tuple[Any, list[StandIn]]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorap.config import CompressionConfig
 from lorap.families.fused import join
 from lorap.pipeline.forward import Batch, Decoder
+from lorap.pipeline.stages import compress_by_stages_
 from lorap.pipeline.statistics import Collector
 from lorap.pipeline.streaming import read_ahead
 from lorap.pipeline.sublayers import LayerTensors, statistics_of, wanted_statistics
@@ -81,7 +82,8 @@ def compress_layers(
     Notes
     -----
     SPEC: ``algorithm.sequence``: one forward of the uncompressed layer gives the statistics of all
-    its linears; the compressed layer then computes the next layer's input.
+    its linears; the compressed layer then computes the next layer's input. ``algorithm.stages``:
+    one forward for each stage of the layer, in the place of the first.
     """
     family = decoder.family
     structure = plan.structure()
@@ -90,19 +92,26 @@ def compress_layers(
     for index, original in read_ahead(decoder.tensors, range(first, decoder.layers)):
         started = time.perf_counter()
         layer_plan = plan.layers[index]
-        wanted = wanted_statistics(family, layer_plan, lambda module: statistics_of(module, config))
-        inputs = {}
-        if wanted:
-            dense = decoder.build(dense_config, index, original)
-            with torch.no_grad(), Collector(dense, wanted) as collector:
-                for batch in batches:
-                    collector.expect(batch)
-                    batch.run(dense, index)
-            inputs = collector.statistics(index)
-            del dense
         scores = measurements.scores.get(index, {})
-        layer = LayerTensors(family, config, decoder.split(original), inputs, scores)
-        layer.compress_(layer_plan, f"layers.{index}")
+        layer = LayerTensors(family, config, decoder.split(original), scores=scores)
+        if config.dense_target is None:
+            wanted = wanted_statistics(
+                family, layer_plan, lambda module, role: statistics_of(module, role, config)
+            )
+            if wanted:
+                dense = decoder.build(dense_config, index, original)
+                with torch.no_grad(), Collector(dense, wanted) as collector:
+                    for batch in batches:
+                        collector.expect(batch)
+                        batch.run(dense, index)
+                layer.inputs = collector.statistics(index)
+                del dense
+            layer.compress_(layer_plan, f"layers.{index}")
+        else:
+            dense = decoder.build(dense_config, index, original)
+            compress_by_stages_(layer, layer_plan, decoder, dense, batches, index, structure)
+            run_dense(dense, index, batches)
+            del dense
         tensors = join(family, structure[index], layer.tensors)
         run_compressed(decoder, compressed_config, index, tensors, batches)
         yield LayerResult(
@@ -111,11 +120,18 @@ def compress_layers(
             layer.report,
             {
                 f"{kind}.{name}": vector
-                for kind, found in inputs.items()
+                for kind, found in layer.inputs.items()
                 for name, vector in found.vectors().items()
             },
             time.perf_counter() - started,
         )
+
+
+def run_dense(layer: nn.Module, index: int, batches: Sequence[Batch]) -> None:
+    """Replace the uncompressed model's hidden states by the output of one of its layers."""
+    for batch in batches:
+        with torch.no_grad():
+            batch.advance_dense(layer, index)
 
 
 def run_compressed(

@@ -143,7 +143,7 @@ def _measure_forward_(
     """Run a layer over the batches, and add its similarities and spectra to what was measured."""
     family = decoder.family
 
-    def statistics_of(module: ModulePlan) -> frozenset[Statistic]:
+    def statistics_of(module: ModulePlan, _: str) -> frozenset[Statistic]:
         if module.sublayer in config.energy_sublayers:
             return STATISTICS[low_rank_method(config, module.sublayer)]
         return frozenset()

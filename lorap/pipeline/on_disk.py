@@ -29,7 +29,7 @@ from lorap.errors import UsageError
 from lorap.families import family_of
 from lorap.pipeline.forward import Batch, Decoder, Samples
 from lorap.pipeline.inspection import Inspection
-from lorap.pipeline.layers import LayerResult, compress_layers, run_compressed
+from lorap.pipeline.layers import LayerResult, compress_layers, run_compressed, run_dense
 from lorap.pipeline.measure import measured_plan
 from lorap.pipeline.progress import Progress, Steps
 from lorap.pipeline.streaming import WriteBehind, read_ahead
@@ -128,7 +128,7 @@ def compress_checkpoint(
         store = decoder.store(samples, config, writer.folder)
         advance = Steps(progress, config, decoder.layers)
         plan, measurements = _measured(writer, decoder, samples, draft, config, advance)
-        batches = decoder.embed(samples, store)
+        batches = decoder.embed(samples, store, dense=config.dense_target is not None)
         records = _resumed(writer, decoder, plan, batches, advance)
         resumed = len(records)
         with WriteBehind() as behind:
@@ -269,6 +269,9 @@ def _resumed(
             name.partition(marker)[2]: tensor.to(decoder.device) for name, tensor in tensors.items()
         }
         run_compressed(decoder, config, index, own, batches)
+        if any(batch.dense is not None for batch in batches):
+            dense = decoder.build(decoder.compressed_config(None), index, decoder.tensors(index))
+            run_dense(dense, index, batches)
         advance()
     return records
 

@@ -18,8 +18,10 @@ from lorap.ops.importance import (
 )
 from lorap.ops.joint import split, stacked
 from lorap.ops.lowrank import retained_energy
+from lorap.ops.pca import output_error
 from lorap.ops.precision import compute_dtype
 from lorap.ops.pruning import kept_channels, prune_ffn
+from lorap.ops.regression import least_squares_update, removal_order
 from lorap.pipeline.factors import STATISTICS, factorise, squared_error
 from lorap.pipeline.inspection import check_weight
 from lorap.pipeline.statistics import INPUT_OF, Input, InputStatistics, Statistic, Wanted
@@ -41,7 +43,7 @@ def low_rank_method(config: CompressionConfig, sublayer: Sublayer) -> LowRankMet
 def wanted_statistics(
     family: Family,
     layer_plan: LayerPlan,
-    statistics_of: Callable[[ModulePlan], frozenset[Statistic]],
+    statistics_of: Callable[[ModulePlan, str], frozenset[Statistic]],
 ) -> dict[Input, Wanted]:
     """Return the statistics to take of a layer's inputs.
 
@@ -50,24 +52,31 @@ def wanted_statistics(
     family : Family
     layer_plan : LayerPlan
     statistics_of : callable
-        What has to be known of the inputs of a module's linears.
+        What has to be known of the input of a module's linear of that role.
     """
     names = {**family.attention, **family.ffn}
     asked: dict[Input, set[Statistic]] = {}
     modules: dict[Input, str] = {}
     for module in layer_plan.values():
-        statistics = statistics_of(module)
-        for role in module.roles if statistics else ():
-            asked.setdefault(INPUT_OF[role], set()).update(statistics)
-            modules.setdefault(INPUT_OF[role], family.dense_name(names[role]))
+        for role in module.roles:
+            statistics = statistics_of(module, role)
+            if statistics:
+                asked.setdefault(INPUT_OF[role], set()).update(statistics)
+                modules.setdefault(INPUT_OF[role], family.dense_name(names[role]))
     return {kind: Wanted(modules[kind], frozenset(found)) for kind, found in asked.items()}
 
 
-def statistics_of(module: ModulePlan, config: CompressionConfig) -> frozenset[Statistic]:
-    """Return what has to be known of the inputs of a module's linears to compress it."""
+def statistics_of(module: ModulePlan, role: str, config: CompressionConfig) -> frozenset[Statistic]:
+    """Return what has to be known of the input of a module's linear to compress it."""
     if module.kind == "low_rank":
         return STATISTICS[low_rank_method(config, module.sublayer)]
-    if module.kind != "dense" and config.importance == "activation":
+    if module.kind == "dense":
+        return frozenset()
+    by_loss = module.kind == "channels" and config.selection == "obs"
+    if role in ("o", "down") and (by_loss or config.update == "least-squares"):
+        # The norms are on its diagonal.
+        return frozenset({"moment"})
+    if config.importance == "activation" and not by_loss:
         return frozenset({"squares"})
     return frozenset()
 
@@ -93,12 +102,30 @@ class LayerTensors:
     family: Family
     config: CompressionConfig
     tensors: dict[str, Tensor]
-    inputs: Mapping[Input, InputStatistics]
+    inputs: dict[Input, InputStatistics] = field(default_factory=dict)
     scores: Mapping[Sublayer, Tensor] = field(default_factory=dict)
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def weight(self, role: str) -> Tensor:
+        """Return the weight of a linear, before anything has become of it."""
+        return self.tensors[f"{self._name(role)}.weight"]
+
+    def replace_(self, role: str, weight: Tensor) -> None:
+        """Compress another weight in the place of a linear's own, and store it in that one's dtype.
+
+        Parameters
+        ----------
+        role : str
+        weight : (d_out, d_in)
+            May be of a wider dtype.
+        """
+        name = self._name(role)
+        self.dtypes[name] = self.tensors[f"{name}.weight"].dtype
+        self.tensors[f"{name}.weight"] = weight
 
     def compress_(self, plan: LayerPlan, where: str) -> None:
-        """Carry out the plan of the layer.
+        """Carry out the plan of the layer, or of some of its modules.
 
         Raises
         ------
@@ -113,8 +140,17 @@ class LayerTensors:
                 self.report[name] |= self._prune_channels_(module)
             elif module.kind == "heads":
                 self.report[name] |= self._prune_heads_(module)
+            for role in module.roles:
+                key = f"{self._name(role)}.weight"
+                if key in self.tensors:
+                    dtype = self._dtype(role, self.tensors[key])
+                    self.tensors[key] = self.tensors[key].to(dtype)
         for name, tensor in self.tensors.items():
             check_weight(f"{where}.{name}", tensor, "the compressed weight")
+
+    def _dtype(self, role: str, weight: Tensor) -> torch.dtype:
+        """Return what a linear's weights are stored in."""
+        return self.dtypes.get(self._name(role), weight.dtype)
 
     def _name(self, role: str) -> str:
         return {**self.family.attention, **self.family.ffn}[role]
@@ -131,8 +167,9 @@ class LayerTensors:
         inputs = self.inputs.get(INPUT_OF[module.roles[0]])
         method = low_rank_method(self.config, module.sublayer)
         factors = factorise(weight, inputs, module.rank, method, self.config)
-        right = factors.right.to(weight.dtype).contiguous()
-        left = factors.left.to(weight.dtype).contiguous()
+        dtype = self._dtype(module.roles[0], weight)
+        right = factors.right.to(dtype).contiguous()
+        left = factors.left.to(dtype).contiguous()
         shared = len(names) > 1
         self.tensors[
             f"{self.family.joint_right}.weight" if shared else f"{names[0]}.right.weight"
@@ -169,8 +206,10 @@ class LayerTensors:
     def _prune_channels_(self, module: ModulePlan) -> dict[str, Any]:
         """Take the removed channels out of a feed-forward block. SPEC: ``algorithm.ffn``."""
         rows_of = {"up": 1, "gate": 1, "down": 0}
-        if "ffn" in self.scores:
-            scores, energies = self.scores["ffn"], {}
+        if self.config.selection == "obs":
+            kept, said = self._select_by_loss(module)
+        elif "ffn" in self.scores:
+            kept, said = _select(self.scores["ffn"], module, {})
         else:
             weights = {role: self._weight_scores(role) for role in rows_of}
             scores = group_scores(
@@ -180,7 +219,7 @@ class LayerTensors:
                 role: channel_importance(weights[role], axis, "l2").square()
                 for role, axis in rows_of.items()
             }
-        kept, said = _select(scores, module, energies)
+            kept, said = _select(scores, module, energies)
         names = {role: self._name(role) for role in rows_of}
         up, gate, down = (self.tensors[f"{names[role]}.weight"] for role in rows_of)
         new = prune_ffn(up, gate, down, kept)
@@ -189,7 +228,48 @@ class LayerTensors:
         for role in ("up", "gate"):
             if f"{names[role]}.bias" in self.tensors:
                 self.tensors[f"{names[role]}.bias"] = self.tensors[f"{names[role]}.bias"][kept]
-        return {"kept_channels": kept.tolist(), **said}
+        return {"kept_channels": kept.tolist(), **said, **self._update_("down", down, kept)}
+
+    def _select_by_loss(self, module: ModulePlan) -> tuple[Tensor, dict[str, Any]]:
+        """Choose the channels that the removals leave, as ``_select`` does. SPEC: ``obs.keep``."""
+        assert module.band is not None
+        low, high = module.band
+        weight = self.tensors[f"{self._name('down')}.weight"]
+        moment = self.inputs["down"].sums["moment"]
+        order, _ = removal_order(weight, moment, high - low, self.config.ridge)
+        left = torch.ones(module.units, dtype=torch.bool, device=weight.device)
+        left[order] = False
+        return left.nonzero().flatten(), {"removed_channels": order.tolist()}
+
+    def _update_(self, role: str, weight: Tensor, kept: Tensor) -> dict[str, Any]:
+        """Refit what reads the units that stay, and say what is lost of its outputs.
+
+        SPEC: ``algorithm.update``.
+
+        Parameters
+        ----------
+        role : {"o", "down"}
+        weight : (d_out, d_in)
+            Before anything was removed.
+        kept : (k,) int64
+            Input features that stay.
+        """
+        key = f"{self._name(role)}.weight"
+        sums = self.inputs[INPUT_OF[role]].sums if INPUT_OF[role] in self.inputs else {}
+        if "moment" not in sums:
+            return {}
+        moment = sums["moment"]
+        if self.config.update == "least-squares":
+            new = least_squares_update(weight, moment, kept, self.config.ridge)
+            self.tensors[key] = new.contiguous()
+        # What is measured is what is stored.
+        self.tensors[key] = self.tensors[key].to(self._dtype(role, weight))
+        wide = weight.double()
+        whole = torch.zeros_like(wide)
+        whole[:, kept] = self.tensors[key].double()
+        error = output_error(wide, whole, moment)
+        size = output_error(wide, torch.zeros_like(wide), moment)
+        return {"relative_output_error": _root_of_share(error, size)}
 
     def _prune_heads_(self, module: ModulePlan) -> dict[str, Any]:
         """Take the removed heads out of an attention block. SPEC: ``algorithm.heads``."""
@@ -225,7 +305,8 @@ class LayerTensors:
             if bias is not None:
                 rows = head_rows(kept, len(bias), groups)
                 self.tensors[f"{names[role]}.bias"] = bias[rows]
-        return {"kept_kv_heads": kept.tolist(), **said}
+        columns = head_rows(kept, o.shape[1], groups)
+        return {"kept_kv_heads": kept.tolist(), **said, **self._update_("o", o, columns)}
 
 
 def _select(
