@@ -12,6 +12,7 @@ from typing import Any, Literal
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -31,6 +32,9 @@ AGGREGATIONS: tuple[Literal["mean", "l1", "l2", "linf"], ...] = ("mean", "l1", "
 
 MAX_SIDE = 24
 """Sides of the larger matrices: a suite of thousands of decompositions stays within minutes."""
+
+of_whole_models = settings(max_examples=max(25, settings.default.max_examples // 4))
+"""For tests that run or compress a model for each example."""
 
 seeds = st.integers(0, 2**32 - 1)
 scales = st.integers(-6, 6).map(lambda exponent: 10.0**exponent)

@@ -152,6 +152,7 @@ Case = tuple[own.SmallLlama, CompressionConfig, own.Ids]
     "mgaa.measure",
     "mgaa.plan",
 )
+@own.of_whole_models
 @given(case=cases())
 @llamas.float64_throughout()
 def test_each_layer(case: Case) -> None:
@@ -164,6 +165,7 @@ def test_each_layer(case: Case) -> None:
 
 
 @pytest.mark.spec("algorithm.sequence")
+@own.of_whole_models
 @given(case=cases())
 @llamas.float64_throughout()
 def test_whole_model(case: Case) -> None:
@@ -188,6 +190,7 @@ def test_whole_model(case: Case) -> None:
 
 
 @pytest.mark.spec("algorithm.sequence", "algorithm.mha", "algorithm.ffn")
+@own.of_whole_models
 @given(case=cases(importance=("activation", "magnitude")))
 def test_each_layer_as_transformers_ships_it(case: Case) -> None:
     """RMSNorm and the rotary angles in float32, as users run it: the bounds widen accordingly.
@@ -203,6 +206,7 @@ def test_each_layer_as_transformers_ships_it(case: Case) -> None:
 
 
 @pytest.mark.spec("stats.padding", "algorithm.sequence")
+@own.of_whole_models
 @given(case=cases(), padding=st.integers(1, 5), seed=own.seeds)
 @llamas.float64_throughout()
 def test_padding_changes_nothing(case: Case, padding: int, seed: int) -> None:
@@ -228,6 +232,7 @@ def test_padding_changes_nothing(case: Case, padding: int, seed: int) -> None:
 
 
 @pytest.mark.spec("algorithm.sequence")
+@own.of_whole_models
 @given(llama_=own.small_llamas(), samples=st.integers(1, 3), length=st.integers(1, 12))
 def test_the_reference_is_the_model_that_transformers_runs(
     llama_: own.SmallLlama, samples: int, length: int

@@ -47,6 +47,7 @@ def check(
 
 
 @pytest.mark.spec("gradient.loss", "gradient.backward")
+@own.of_whole_models
 @given(model=own.small_llamas(), samples=st.integers(1, 3), length=st.integers(2, 10))
 @llamas.float64_throughout()
 def test_loss_gradients(model: own.SmallLlama, samples: int, length: int) -> None:
@@ -73,6 +74,7 @@ def factor_(model: PreTrainedModel, seed: int) -> None:
 
 
 @pytest.mark.spec("gradient.backward")
+@own.of_whole_models
 @given(llama_=own.small_llamas(), length=st.integers(2, 8), seed=own.seeds)
 @llamas.float64_throughout()
 def test_gradients_of_factored_weights(llama_: own.SmallLlama, length: int, seed: int) -> None:
@@ -100,6 +102,7 @@ def test_gradients_of_the_embedded_model(embedded: PreTrainedModel) -> None:
 
 
 @pytest.mark.spec("importance.taylor", "importance.group-scores", "heads.scores")
+@own.of_whole_models
 @given(
     model=own.small_llamas(),
     length=st.integers(2, 8),

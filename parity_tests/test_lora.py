@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, event, example, given, settings
+from hypothesis import assume, event, example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 
@@ -358,9 +358,6 @@ def test_merge_same_size(case: Case, layout: own.Layout, dtype: Dtype, data: st.
         )
 
 
-OF_WHOLE_LAYERS = max(25, settings.default.max_examples // 10)
-"""Examples of tests that compress a model for each of them."""
-
 METHODS: tuple[dict[str, Any], ...] = (
     {},
     {"joint_qk": True},
@@ -479,7 +476,7 @@ def merging_bounds(
     "lora.sequence", "lora.merge-dense", "lora.merge-factors", "lora.joint", "lora.break-even"
 )
 @given(case=recovered(on=("matrices", "factors")))
-@settings(max_examples=OF_WHOLE_LAYERS)
+@own.of_whole_models
 @llamas.float64_throughout()
 def test_exactly_merged_layers(case: Recovered) -> None:
     merged = merging.merge_exactly(case.decoder, case.adapter, case.plans)
@@ -496,7 +493,7 @@ def test_exactly_merged_layers(case: Recovered) -> None:
 
 @pytest.mark.spec("lora.sequence", "lora.merge-same-size", "lora.joint")
 @given(case=recovered(on=("matrices",)))
-@settings(max_examples=OF_WHOLE_LAYERS)
+@own.of_whole_models
 @llamas.float64_throughout()
 def test_layers_cut_back_to_size(case: Recovered) -> None:
     samples = Samples(torch.from_numpy(case.ids))
