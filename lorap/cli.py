@@ -23,6 +23,8 @@ from typer.core import TyperGroup
 
 import lorap
 from lorap.errors import Interrupted, LorapError, UsageError
+from lorap.wording import duration as _duration
+from lorap.wording import short as _short
 from lorap.wording import spans
 
 if TYPE_CHECKING:
@@ -1333,25 +1335,3 @@ def _print_demo(result: DemoResult) -> None:
         typer.echo(f"\n{name} model, greedy, after {result.prompt!r}:")
         typer.echo(textwrap.indent(side.continuation, "  "))
     typer.echo(f"\nThe compressed model and its report ({result.report}) are in {result.output}")
-
-
-def _short(count: int) -> str:
-    """Return a count with four digits and a unit: 1234567 is 1.235M."""
-    value, units = float(count), iter(("", "k", "M", "G", "T"))
-    unit = next(units)
-    while value >= 999.95 and unit != "T":
-        value, unit = value / 1000, next(units)
-    return f"{value:.4g}{unit}"
-
-
-def _duration(seconds: float) -> str:
-    """Return a time in words: 9.3 s, 75 s is 1 min 15 s, 4000 s is 1 h 7 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    minutes = round(whole / 60)
-    return f"{minutes // 60} h {minutes % 60} min"

@@ -27,6 +27,7 @@ from lorap.config import CompressionConfig
 from lorap.data.calibration import Calibration, load_calibration
 from lorap.errors import UsageError
 from lorap.families import family_of
+from lorap.pages.report_page import report_page
 from lorap.pipeline.forward import Batch, Decoder, Samples
 from lorap.pipeline.inspection import Inspection
 from lorap.pipeline.layers import LayerResult, compress_layers, run_compressed
@@ -159,6 +160,7 @@ def compress_checkpoint(
         writer.write_safetensors(files.CALIBRATION, {"input_ids": chosen.input_ids})
         writer.write_safetensors(files.STATISTICS, _statistics(writer, decoder, measurements))
         writer.write_json(files.REPORT, summary)
+        writer.write_text(files.REPORT_PAGE, report_page(summary, name=output.name))
         card = model_card(
             summary, name=output.name, original=reader.path, multimodal=reader.outer is not None
         )
