@@ -1,31 +1,51 @@
 """Charts in SVG: pure functions from numbers to text.
 
-Colours are variables of CSS, which :data:`STYLE` sets for light and dark; a chart stands in a page
-that has this style, or in a sheet, which brings it along.
+Colours are variables of CSS, which :data:`STYLE` sets for light and dark: a chart stands in a page
+that has this style. In a sheet, a picture of its own, they are those of light: not every program
+that shows pictures knows variables.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-STYLE = """\
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2330; --faint: #5c6675;
-  --line: #dfe3e9; --gone: #c9ced6; --panel: #f6f7f9;
-  --c0: #0060a8; --c1: #3a86c8; --c2: #c2410c; --c3: #9a6a10; --c4: #0f766e; --c5: #4a7f2c;
-  --c6: #a8327e; }
-@media (prefers-color-scheme: dark) { :root { --paper: #12161d; --ink: #e6e9ef; --faint: #9aa5b5;
-  --line: #2c3440; --gone: #4a5462; --panel: #1a202a;
-  --c0: #6cb6ff; --c1: #a9d4ff; --c2: #ff9a62; --c3: #f0c050; --c4: #4fd1b5; --c5: #9ade6c;
-  --c6: #f08cc8; } }
+_COLOURS = {
+    "paper": ("#ffffff", "#12161d"),
+    "ink": ("#1c2330", "#e6e9ef"),
+    "faint": ("#5c6675", "#9aa5b5"),
+    "line": ("#dfe3e9", "#2c3440"),
+    "gone": ("#c9ced6", "#4a5462"),
+    "panel": ("#f6f7f9", "#1a202a"),
+    "c0": ("#0060a8", "#6cb6ff"),
+    "c1": ("#3a86c8", "#a9d4ff"),
+    "c2": ("#c2410c", "#ff9a62"),
+    "c3": ("#9a6a10", "#f0c050"),
+    "c4": ("#0f766e", "#4fd1b5"),
+    "c5": ("#4a7f2c", "#9ade6c"),
+    "c6": ("#a8327e", "#f08cc8"),
+}
+"""Name of a colour to what it is in light and in dark."""
+
+_LETTERS = """\
 svg text { font-family: system-ui, sans-serif; font-size: 12px; fill: var(--ink); }
 svg .axis { fill: var(--faint); }
 svg .grid { stroke: var(--line); fill: none; }
 svg .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 """
+
+STYLE = (
+    ":root { color-scheme: light dark; "
+    + " ".join(f"--{name}: {light};" for name, (light, _) in _COLOURS.items())
+    + " }\n@media (prefers-color-scheme: dark) { :root { "
+    + " ".join(f"--{name}: {dark};" for name, (_, dark) in _COLOURS.items())
+    + " } }\n"
+    + _LETTERS
+)
 """What the charts' colours and letters are."""
 
 GONE = "var(--gone)"
@@ -53,12 +73,15 @@ class Series:
     colour : str
         Of CSS, such as ``var(--c0)``.
     dashed : bool
+    opacity : float
+        From 0 to 1.
     """
 
     name: str
     values: Sequence[float | None]
     colour: str
     dashed: bool = False
+    opacity: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -140,6 +163,8 @@ def lines(
     parts = [frame.backdrop(places, across, share)]
     for one in series:
         style = f'stroke="{one.colour}"' + (' stroke-dasharray="5 3"' if one.dashed else "")
+        if one.opacity < 1:
+            style += f' stroke-opacity="{one.opacity:.2f}"'
         for run in _runs(places, one.values):
             points = " ".join(f"{frame.x(place)},{frame.y(value)}" for place, value in run)
             parts.append(f'<polyline class="curve" points="{points}" {style}/>')
@@ -239,7 +264,7 @@ def histogram(
 
 
 def sheet(title: str, charts: Sequence[Chart], columns: int = 2) -> str:
-    """Return charts as a picture of its own, with the style.
+    """Return charts as a picture of its own.
 
     Parameters
     ----------
@@ -263,13 +288,14 @@ def sheet(title: str, charts: Sequence[Chart], columns: int = 2) -> str:
                 f'height="{chart.height}">{chart.body}</svg>'
             )
         top += caption + gap + max(chart.height for chart in row)
-    return (
+    picture = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across} {top}" '
-        f'role="img" aria-label="{escape(title)}">\n<style>\n{STYLE}</style>\n'
+        f'role="img" aria-label="{escape(title)}">\n<style>\n{_LETTERS}</style>\n'
         f'<rect width="{across}" height="{top}" fill="var(--paper)"/>\n'
         f'<text x="{gap + 4}" y="28" style="font-size: 16px; font-weight: 600">'
         f"{escape(title)}</text>\n" + "\n".join(parts) + "\n</svg>\n"
     )
+    return re.sub(r"var\(--(\w+)\)", lambda match: _COLOURS[match[1]][0], picture)
 
 
 def written(value: float, unit: Unit) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lorap.pages import page
@@ -135,10 +135,13 @@ def by_layer(layers: Layers, key: str) -> dict[str, list[float | None]]:
             for role, one in values.items():
                 if one is not None:
                     found.setdefault(role, [None] * len(layers))[index] = one
+    return {role: found[role] for role in in_order(found)}
+
+
+def in_order(roles: Iterable[str]) -> list[str]:
+    """Return roles and blocks in the order of the computation, others last."""
     order = list(COLOURS)
-    return dict(
-        sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else 99)
-    )
+    return sorted(roles, key=lambda role: order.index(role) if role in order else len(order))
 
 
 def curves(values: Mapping[str, Sequence[float | None]]) -> list[Series]:
