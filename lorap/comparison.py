@@ -14,7 +14,7 @@ from lorap.checkpoint.files import EVALUATION, REPORT
 from lorap.errors import UsageError
 from lorap.pages.report_page import by_layer, in_order
 from lorap.report import FORMAT_VERSION
-from lorap.wording import duration
+from lorap.wording import duration, named
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Comparison:
         A row is left out where it has nothing to say of any model; an empty cell is not known.
         """
         rows = [
-            ("original", [_named(one["original"]) for one in self.models]),
+            ("original", [named(one["original"]) for one in self.models]),
             ("method", [one["method"] for one in self.models]),
             ("ratio asked", [_share(one["ratio"]["asked"]) for one in self.models]),
             ("of", [one["ratio"]["scope"] for one in self.models]),
@@ -128,7 +128,7 @@ def _told(report: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": dict(report["parameters"]),
         "macs": dict(report["macs"]),
         "calibration": f"{calibration['samples']} x {calibration['seqlen']} of "
-        f"{_named(calibration['source'])}",
+        f"{named(calibration['source'])}",
         "recovered": None if recovery is None else recovery["merge"]["mode"],
         "seconds": report["seconds"],
         "errors": _means(report["layers"], "relative_weighted_error"),
@@ -140,7 +140,8 @@ def _method(settings: Mapping[str, Any]) -> str:
     parts = [settings[sublayer] for sublayer in ("mha", "ffn") if sublayer in settings["sublayers"]]
     if settings["joint_qk"]:
         parts.append("joint qk")
-    return f"{' + '.join(parts)}, allocation {settings['allocation']}"
+    allocation = str(settings["allocation"]).removesuffix(".0")
+    return f"{' + '.join(parts)}, allocation {allocation}"
 
 
 def _means(layers: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
@@ -159,7 +160,7 @@ def _perplexities(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, f
         # Other texts, protocols and tokenizers have other targets: only like is put beside like.
         split = f" {result['split']}" if result["split"] else ""
         what = (
-            f"perplexity, {_named(result['source'])}{split}, {result['seqlen']} tokens, "
+            f"perplexity, {named(result['source'])}{split}, {result['seqlen']} tokens, "
             f"{result['tokens']:,} targets"
         )
         found[what] = {
@@ -194,12 +195,6 @@ def _tasks(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | 
 def _union(keys: Any) -> list[str]:
     """Return all keys of some mappings, in the order in which they come."""
     return list(dict.fromkeys(key for one in keys for key in one))
-
-
-def _named(name: str) -> str:
-    """Return what stands for a name in a table: of a path, its last part."""
-    path = name.startswith(("/", "~", "."))
-    return name.rstrip("/").rpartition("/")[2] if path else name
 
 
 def _share(value: float | None) -> str:

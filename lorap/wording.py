@@ -36,3 +36,9 @@ def duration(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60} s"
     minutes = round(whole / 60)
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def named(name: str) -> str:
+    """Return what stands for a name where there is little room: of a path, its last part."""
+    path = name.startswith(("/", "~", "."))
+    return name.rstrip("/").rpartition("/")[2] if path else name

@@ -55,7 +55,10 @@ Unit = Literal["percent", "number", "log", "seconds"]
 """How values are written; ``log`` are exponents of ten, written as powers."""
 
 _WIDTH, _HEIGHT = 400, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 20, 10, 38
+_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+"""Of the places on the horizontal axis, every so many-th is named."""
+
 _MARKED = 48
 """Points of a curve up to which each has a mark."""
 
@@ -129,6 +132,19 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(n * step, digits) for n in range(first, math.floor(high / step) + 1)]
 
 
+def _powers(low: float, high: float) -> list[float]:
+    """Return the exponents of powers of ten in a range; of twice and five times them, if few."""
+    between = (0.0, math.log10(2), math.log10(5)) if high - low < 2 else (0.0,)
+    every = max(1, math.ceil((high - low) / 8))
+    found = [
+        exponent + part
+        for exponent in range(math.floor(low), math.ceil(high) + 1)
+        if exponent % every == 0
+        for part in between
+    ]
+    return [value for value in found if low <= value <= high]
+
+
 def lines(
     title: str,
     places: Sequence[float],
@@ -156,7 +172,7 @@ def lines(
     """
     frame = _Frame(
         [value for one in series for value in one.values if value is not None],
-        (min(places, default=0.0), max(places, default=0.0)),
+        (0.0, 1.0) if share else (min(places, default=0.0), max(places, default=0.0)),
         [(one.name, one.colour, one.dashed) for one in series if one.name],
         unit,
     )
@@ -360,16 +376,14 @@ class _Frame:
     ) -> str:
         """Return axes, grid and legend."""
         parts = [self._legend]
-        for value in ticks(self._low, self._high):
-            if self._unit == "log" and value != int(value):
-                continue
+        for value in (_powers if self._unit == "log" else ticks)(self._low, self._high):
             y = self.y(value)
             parts.append(f'<path class="grid" d="M{_LEFT} {y}H{_WIDTH - _RIGHT}"/>')
             parts.append(
                 f'<text class="axis" x="{_LEFT - 6}" y="{_short(y + 4)}" text-anchor="end">'
                 f"{_on_axis(value, self._unit)}</text>"
             )
-        every = max(1, math.ceil(len(places) / 9))
+        every = next(step for step in _STEPS if len(places) <= 9 * step)
         shown = (0.0, 0.25, 0.5, 0.75, 1.0) if share else places[::every]
         for at, place in enumerate(shown):
             name = f"{place:.0%}" if share else f"{names[at * every] if names else place:g}"
@@ -409,7 +423,7 @@ def _on_axis(value: float, unit: Unit) -> str:
     if unit == "percent":
         return f"{100 * value:.6g}%"
     if unit == "log":
-        return f"1e{int(value)}" if value else "1"
+        return f"{10.0**value:.0f}" if 0 <= value < 6 else f"{10.0**value:.3g}"
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{letter}"

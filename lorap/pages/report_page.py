@@ -7,7 +7,7 @@ from typing import Any
 
 from lorap.pages import page
 from lorap.pages.charts import GONE, Chart, Series, histogram, lines, stacked
-from lorap.wording import duration, short, spans
+from lorap.wording import duration, named, short, spans
 
 COLOURS = {
     "q": "var(--c0)",
@@ -57,7 +57,7 @@ def report_page(report: Mapping[str, Any], *, name: str) -> str:
     layers: Layers = report["layers"]
     parts = [
         page.heading(name, 1),
-        page.paragraph(f"{report['model']}, made smaller with lorap", faint=True),
+        page.paragraph(f"{named(report['model'])}, made smaller with lorap", faint=True),
         page.tiles(_headlines(report)),
         *_recovery(report),
         *_sizes(layers),
@@ -165,6 +165,8 @@ def _sizes(layers: Layers) -> list[str]:
             found = kept.setdefault(block, [0.0] * len(layers))
             found[index] = (found[index] or 0.0) + module["parameters"]
             gone[index] += module["parameters_before"] - module["parameters"]
+    # A bias that a method adds may be more than what it removes.
+    gone = [max(value, 0.0) for value in gone]
     series = [Series(one.name, one.values, one.colour) for one in curves(kept)]
     bars = stacked(
         "parameters by layer: the whole bar is before, what is in colour is left",

@@ -10,6 +10,7 @@ from typing import Any
 from lorap.pages import page
 from lorap.pages.charts import Chart, Series, lines, sheet
 from lorap.pages.report_page import COLOURS, DASHED
+from lorap.wording import named
 
 NUMBERS, PAGE = "lorap_inspection.json", "lorap_inspection.html"
 """Files with the numbers, and with all pictures."""
@@ -87,7 +88,7 @@ def survey_charts(survey: Mapping[str, Any]) -> dict[str, tuple[str, list[Chart]
 
 
 def _by_rank(layers: Layers, method: str, role: str, key: str) -> Chart:
-    """Return the curves of all layers for one matrix, pale for the first layer."""
+    """Return the curves of all layers for one matrix, faint for the first layer."""
     first = layers[0][method][role]
     places = [rank / first["count"] for rank in first["ranks"]]
     series = []
@@ -190,13 +191,13 @@ def survey_page(survey: Mapping[str, Any]) -> str:
     survey : mapping
         As ``lorap inspect --json`` prints it.
     """
-    parts = [page.heading(str(survey["model"]), 1)]
+    parts = [page.heading(named(survey["model"]), 1)]
     about = survey["calibration"]
     said = "Weights alone; activations need calibration data."
     if about is not None:
         said = (
-            f"Activations over {about['samples']} x {about['seqlen']} tokens of {about['source']}, "
-            f"seed {about['seed']}."
+            f"Activations over {about['samples']} x {about['seqlen']} tokens of "
+            f"{named(about['source'])}, seed {about['seed']}."
         )
     parts.append(page.paragraph(said, faint=True))
     means = survey["mean_rank_shares"]
@@ -217,8 +218,8 @@ def survey_page(survey: Mapping[str, Any]) -> str:
     for title, charts in survey_charts(survey).values():
         parts += [page.heading(title)]
         if charts[0].title == "q":
-            parts.append(page.paragraph("The first layer is pale, the last one full.", faint=True))
+            parts.append(page.paragraph("The first layer is faint, the last one full.", faint=True))
         parts.append(page.figures(charts))
     versions = ", ".join(f"{name} {version}" for name, version in survey["versions"].items())
     parts += [page.heading("Versions"), page.paragraph(versions, faint=True)]
-    return page.page(f"{survey['model']}: inspected by lorap", parts)
+    return page.page(f"{named(survey['model'])}: inspected by lorap", parts)
