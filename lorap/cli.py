@@ -1279,6 +1279,8 @@ def _becomes(module: ModulePlan) -> str:
 
 
 def _print_summary(report: Mapping[str, Any], output: str) -> None:
+    from lorap.checkpoint.files import REPORT_PAGE
+
     before, after = report["parameters"]["before"], report["parameters"]["after"]
     peak = ", ".join(
         f"{size / 2**30:.2f} GiB ({place})" for place, size in report["peak_memory_bytes"].items()
@@ -1296,6 +1298,7 @@ def _print_summary(report: Mapping[str, Any], output: str) -> None:
     typer.echo(f"time         {_duration(report['seconds'])} on {report['device']}")
     typer.echo(f"peak memory  {peak}")
     typer.echo(f"output       {output}")
+    typer.echo(f"report       {os.path.join(output, REPORT_PAGE)}")
     typer.echo(f"\nnext: lorap evaluate {shlex.quote(output)} --perplexity wikitext2")
 
 

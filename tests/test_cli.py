@@ -211,6 +211,7 @@ def test_summary_ends_with_the_next_command(model: Path, ids: Path, tmp_path: Pa
     assert lines[-1] == f"next: lorap evaluate '{output}' --perplexity wikitext2"
     assert f"{report['parameters']['before']:,} -> {report['parameters']['after']:,}" in lines[1]
     assert f"{report['achieved_ratio']:.2%} of all parameters removed; 30.00% asked" in lines[0]
+    assert lines[-3] == f"report       {output / 'lorap_report.html'}"
     for word in ("time", "peak memory", "output"):
         assert any(line.startswith(word) for line in lines)
     assert "3 of 3 layers" in result.stderr

@@ -139,6 +139,19 @@ def test_tasks_and_protocols_stay_apart(folder: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_means_are_of_the_layers_that_have_a_value(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "paper", tmp_path / "a")
+    report = said(tmp_path / "a")
+    for layer, error in zip(report["layers"], (0.25, None, 0.75), strict=True):
+        module = layer["modules"]["self_attn.q_proj"]
+        del module["relative_weighted_error"]
+        if error is not None:
+            module["relative_weighted_error"] = error
+    (tmp_path / "a" / REPORT).write_text(json.dumps(report))
+    (model,) = lorap.compare([tmp_path / "a"]).models
+    assert model["errors"]["q"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
