@@ -29,6 +29,8 @@ PUBLIC = {
     "compress": "lorap.pipeline.in_memory.compress",
     "CompressionConfig": "lorap.config.CompressionConfig",
     "Override": "lorap.config.Override",
+    "inspect_checkpoint": "lorap.pipeline.survey.inspect_checkpoint",
+    "compare": "lorap.comparison.compare",
     "audit": "lorap.audit.run.audit",
     "evaluate": "lorap.evaluation.run.evaluate",
     "evaluate_perplexity": "lorap.evaluation.run.evaluate_perplexity",

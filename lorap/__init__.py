@@ -16,12 +16,14 @@ import wrapt
 from lorap.families import FAMILIES, MODELING_MODULE
 
 if TYPE_CHECKING:
+    from lorap.comparison import compare
     from lorap.config import CompressionConfig
     from lorap.dense import export_dense
     from lorap.errors import LorapError, UsageError
     from lorap.evaluation import evaluate, evaluate_perplexity
     from lorap.pipeline.in_memory import compress
     from lorap.pipeline.on_disk import compress_checkpoint, plan_checkpoint
+    from lorap.pipeline.survey import inspect_checkpoint
     from lorap.recovery.merging import merge_adapter
     from lorap.recovery.settings import RecoveryConfig
     from lorap.recovery.training import recover
@@ -33,6 +35,8 @@ _EXPORTS = {
     "compress_checkpoint": "lorap.pipeline.on_disk",
     "CompressionConfig": "lorap.config",
     "plan_checkpoint": "lorap.pipeline.on_disk",
+    "compare": "lorap.comparison",
+    "inspect_checkpoint": "lorap.pipeline.survey",
     "evaluate": "lorap.evaluation.run",
     "evaluate_perplexity": "lorap.evaluation.run",
     "export_dense": "lorap.dense",
@@ -49,11 +53,13 @@ __all__ = [
     "RecoveryConfig",
     "UsageError",
     "__version__",
+    "compare",
     "compress",
     "compress_checkpoint",
     "evaluate",
     "evaluate_perplexity",
     "export_dense",
+    "inspect_checkpoint",
     "merge_adapter",
     "plan_checkpoint",
     "recover",

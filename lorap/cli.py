@@ -23,6 +23,8 @@ from typer.core import TyperGroup
 
 import lorap
 from lorap.errors import Interrupted, LorapError, UsageError
+from lorap.wording import duration as _duration
+from lorap.wording import short as _short
 from lorap.wording import spans
 
 if TYPE_CHECKING:
@@ -543,6 +545,119 @@ def compress(
         _print_json(report)
     else:
         _print_summary(report, run["output"])
+
+
+@app.command()
+def inspect(
+    model: _Model,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help=f"Calibration data, as compress takes it. {_SOURCE} Without it, the weights alone "
+            "are looked at.",
+            show_default="none",
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,3-5",
+            help="Decoder layers to look at; with calibration data those before them are only run.",
+            show_default="all",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for pictures (SVG), a page with all of them (lorap_inspection.html), and "
+            "the numbers (lorap_inspection.json).",
+            show_default="none",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace such files in the folder.")
+    ] = False,
+    field: _Field = None,
+    samples: _Samples = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens in each sample.", show_default="128")
+    ] = None,
+    seed: _Seed = None,
+    batch_size: _BatchSize = None,
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda", help="auto takes the GPU where there is one.")
+    ] = "auto",
+    activations: _Activations = None,
+    dtype: _Dtype = None,
+    revision: _Revision = None,
+    as_json: _Json = False,
+) -> None:
+    """Look at a model before it is compressed.
+
+    Spectra of the weights, and the share of the ranks that retains a share of their energy (Table 1
+    of the paper has 80%). With calibration data also of the weights times the norms of their inputs
+    (AWSVD), outliers of the activations, and how little each sub-layer changes its input.
+
+    For example: lorap inspect MODEL --calibration c4 --layers 0,15,31 --output looks
+    """
+    from lorap.pages import survey_page
+    from lorap.pages.files import check_folder, write_files
+
+    chosen = None if layers is None else _parse_layers(layers)
+    if overwrite and output is None:
+        raise UsageError("overwrite: has no effect without --output")
+    measured = calibration is not None
+    folder = None
+    if output is not None:
+        folder = check_folder(output, survey_page.file_names(measured), overwrite=overwrite)
+    _quieten()
+    with _stdout_kept(as_json), _progress("layers") as progress:
+        survey = lorap.inspect_checkpoint(
+            model,
+            calibration=calibration,
+            layers=chosen,
+            field=field,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            batch_size=batch_size,
+            activations=activations,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            progress=progress,
+        )
+    found = survey.to_dict()
+    if folder is not None:
+        write_files(folder, survey_page.survey_files(found))
+    if as_json:
+        _print_json(found)
+    else:
+        _print_survey(found, output)
+
+
+@app.command()
+def compare(
+    folders: Annotated[
+        list[str],
+        typer.Argument(metavar="DIR...", help="Folders that lorap compress or merge wrote."),
+    ],
+    as_json: _Json = False,
+) -> None:
+    """Put compressed models side by side.
+
+    From their reports: ratio, parameters, MACs, mean errors and retained energies of each kind of
+    matrix; and results that lorap evaluate --card has put into their folders.
+    """
+    from lorap.comparison import compare as compare_models
+
+    found = compare_models(folders)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _print_comparison(found.rows(), folders)
 
 
 @app.command()
@@ -1217,6 +1332,8 @@ def _becomes(module: ModulePlan) -> str:
 
 
 def _print_summary(report: Mapping[str, Any], output: str) -> None:
+    from lorap.checkpoint.files import REPORT_PAGE
+
     before, after = report["parameters"]["before"], report["parameters"]["after"]
     peak = ", ".join(
         f"{size / 2**30:.2f} GiB ({place})" for place, size in report["peak_memory_bytes"].items()
@@ -1234,7 +1351,72 @@ def _print_summary(report: Mapping[str, Any], output: str) -> None:
     typer.echo(f"time         {_duration(report['seconds'])} on {report['device']}")
     typer.echo(f"peak memory  {peak}")
     typer.echo(f"output       {output}")
+    typer.echo(f"report       {os.path.join(output, REPORT_PAGE)}")
     typer.echo(f"\nnext: lorap evaluate {shlex.quote(output)} --perplexity wikitext2")
+
+
+def _print_survey(survey: Mapping[str, Any], output: str | None) -> None:
+    from lorap.pages.survey_page import INPUTS, METHODS, TABLE_1
+
+    layers = survey["layers"]
+    means = survey["mean_rank_shares"]
+    for method, name in METHODS.items():
+        if layers[0][method] is None:
+            continue
+        roles = list(layers[0][method])
+        typer.echo(f"share of the ranks that retains 80% of the energy, {name}")
+        rows = [
+            [
+                str(layer["layer"]),
+                *(f"{layer[method][role]['rank_shares'][TABLE_1]:.2%}" for role in roles),
+            ]
+            for layer in layers
+        ]
+        mean = ["mean", *(f"{means[TABLE_1][method][role]:.2%}" for role in roles)]
+        _print_columns([["layer", *roles], *rows, mean])
+        typer.echo("")
+    typer.echo("mean over the layers of the share of the ranks, by the energy retained")
+    names = list(layers[0]["svd"])
+    shares = [
+        [f"{float(energy):.0%}", METHODS[method], *(f"{found[role]:.2%}" for role in names)]
+        for energy, by_method in means.items()
+        for method, found in by_method.items()
+    ]
+    _print_columns([["energy", "", *names], *shares])
+    if layers[0]["outliers"] is not None:
+        typer.echo("\nlargest norm of an input feature over the median; cosine of input and output")
+        head = ["layer", *(name for name, _ in INPUTS.values()), "attention", "feed-forward"]
+        looks = [
+            [
+                str(layer["layer"]),
+                *(
+                    "-" if value is None else f"{value:.4g}"
+                    for value in (layer["outliers"][kind] for kind in INPUTS)
+                ),
+                *(f"{layer['similarities'][sublayer]:.4f}" for sublayer in ("mha", "ffn")),
+            ]
+            for layer in layers
+        ]
+        _print_columns([head, *looks])
+    about = survey["calibration"]
+    if about is not None:
+        typer.echo(
+            f"\ncalibration  {about['samples']} x {about['seqlen']} tokens of {about['source']}"
+        )
+    if output is not None:
+        typer.echo(f"{'' if about else chr(10)}output       {output}")
+
+
+def _print_comparison(rows: Sequence[tuple[str, list[str]]], folders: Sequence[str]) -> None:
+    _print_columns([["", *folders], *([name, *cells] for name, cells in rows)])
+
+
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text, the first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        typer.echo("  ".join([f"{first:{widths[0]}}", *cells]).rstrip())
 
 
 def _print_evaluation(result: Evaluation) -> None:
@@ -1386,25 +1568,3 @@ def _print_demo(result: DemoResult) -> None:
         typer.echo(f"\n{name} model, greedy, after {result.prompt!r}:")
         typer.echo(textwrap.indent(side.continuation, "  "))
     typer.echo(f"\nThe compressed model and its report ({result.report}) are in {result.output}")
-
-
-def _short(count: int) -> str:
-    """Return a count with four digits and a unit: 1234567 is 1.235M."""
-    value, units = float(count), iter(("", "k", "M", "G", "T"))
-    unit = next(units)
-    while value >= 999.95 and unit != "T":
-        value, unit = value / 1000, next(units)
-    return f"{value:.4g}{unit}"
-
-
-def _duration(seconds: float) -> str:
-    """Return a time in words: 9.3 s, 75 s is 1 min 15 s, 4000 s is 1 h 7 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    minutes = round(whole / 60)
-    return f"{minutes // 60} h {minutes % 60} min"

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorap  # noqa: F401  (registers the Auto classes)
 from lorap.checkpoint import (
     REPORT,
+    REPORT_PAGE,
     CheckpointWriter,
     check_output,
     fetch_tokenizer_files,
@@ -732,6 +733,7 @@ def test_what_lorap_did_not_write_is_never_deleted(
             writer.copy_side_files(source)
             writer.write_shard(stored_state(model))
             writer.write_text("README.md", "card")
+            writer.write_text(REPORT_PAGE, "page")
             for name in (REPORT, "lorap_calibration.safetensors", "lorap_statistics.safetensors"):
                 writer.write_json(name, {})
             meanwhile()

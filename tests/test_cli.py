@@ -68,7 +68,9 @@ def compress(model: Path, ids: Path, output: Path, *words: object) -> Any:
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-@pytest.mark.parametrize("command", [None, "plan", "compress", "evaluate", "export", "demo"])
+@pytest.mark.parametrize(
+    "command", [None, "plan", "compress", "inspect", "compare", "evaluate", "export", "demo"]
+)
 def test_help_everywhere(command: str | None, flag: str) -> None:
     shown = run(*([command] if command else []), flag).stdout
     if command is None:
@@ -77,7 +79,7 @@ def test_help_everywhere(command: str | None, flag: str) -> None:
         assert all(option in shown for p in COMMANDS[command].params for option in p.opts[:1])
 
 
-@pytest.mark.parametrize("command", ["compress", "evaluate"])
+@pytest.mark.parametrize("command", ["compress", "inspect", "evaluate"])
 def test_help_names_every_named_source(command: str) -> None:
     assert all(name in run(command, "-h").stdout for name in NAMED_SOURCES)
 
@@ -212,6 +214,7 @@ def test_summary_ends_with_the_next_command(model: Path, ids: Path, tmp_path: Pa
     assert lines[-1] == f"next: lorap evaluate '{output}' --perplexity wikitext2"
     assert f"{report['parameters']['before']:,} -> {report['parameters']['after']:,}" in lines[1]
     assert f"{report['achieved_ratio']:.2%} of all parameters removed; 30.00% asked" in lines[0]
+    assert lines[-3] == f"report       {output / 'lorap_report.html'}"
     for word in ("time", "peak memory", "output"):
         assert any(line.startswith(word) for line in lines)
     assert "3 of 3 layers" in result.stderr

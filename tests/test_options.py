@@ -485,7 +485,7 @@ def test_device_auto_is_the_gpu_where_there_is_one(
         raise AskedError(device.type)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("lorap.pipeline.on_disk._decoder", ask)
+    monkeypatch.setattr("lorap.pipeline.on_disk.decoder_of", ask)
     words = ["compress", bench.model, "--ratio", 0.3, "--calibration", bench.text]
     words += ["--output", bench.place / "none", "--samples", 6, "--seqlen", 16]
     result = CliRunner().invoke(cli.app, [str(word) for word in words])

@@ -58,7 +58,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {
         file.name: file.read_bytes()
         for file in sorted(folder.iterdir())
-        if file.is_file() and file.name not in (files.REPORT, files.CARD)
+        if file.is_file() and file.name not in (files.REPORT, files.REPORT_PAGE, files.CARD)
     }
 
 

@@ -1,7 +1,7 @@
 """Reading the original checkpoint and writing the compressed one."""
 
 from lorap.checkpoint.card import model_card
-from lorap.checkpoint.files import CARD, REPORT
+from lorap.checkpoint.files import CARD, REPORT, REPORT_PAGE
 from lorap.checkpoint.reader import (
     CheckpointReader,
     StoredTensor,
@@ -14,6 +14,7 @@ from lorap.checkpoint.writer import CheckpointWriter, check_output
 __all__ = [
     "CARD",
     "REPORT",
+    "REPORT_PAGE",
     "CheckpointReader",
     "CheckpointWriter",
     "StoredTensor",

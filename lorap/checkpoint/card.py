@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lorap.checkpoint.files import CARD, EXPORT, REPORT
+from lorap.checkpoint.files import CARD, EXPORT, REPORT, REPORT_PAGE
 from lorap.checkpoint.reader import is_local
 
 # Fields of the original's card that hold for the compressed model as well.
@@ -87,7 +87,7 @@ def model_card(
 | parameters | {after:,} of {before:,} |
 | calibration | {tokens} of {calibration["source"]} |
 
-`{REPORT}` holds rank, width and error of every module.
+`{REPORT}` holds rank, width and error of every module; `{REPORT_PAGE}` shows them.
 {_what_was_recovered(report)}
 ## Use
 

@@ -52,7 +52,7 @@ def record_evaluation(folder: str | os.PathLike[str], evaluation: Mapping[str, A
         If the folder holds a damaged ``lorap_evaluation.json``.
     """
     path = Path(os.path.expanduser(folder))
-    known = _read(path / EVALUATION)
+    known = read_evaluations(path / EVALUATION)
     baseline = evaluation["baseline"] or {}
     for kind in known:
         result = evaluation[kind]
@@ -68,7 +68,23 @@ def record_evaluation(folder: str | os.PathLike[str], evaluation: Mapping[str, A
     _replace(path / CARD, section)
 
 
-def _read(file: Path) -> dict[str, list[dict[str, Any]]]:
+def read_evaluations(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the results of evaluations that a file holds; none where there is no such file.
+
+    Parameters
+    ----------
+    file : Path
+
+    Returns
+    -------
+    dict
+        By ``perplexity`` and ``tasks``, results each with its baseline.
+
+    Raises
+    ------
+    UsageError
+        If the file is damaged.
+    """
     known: dict[str, list[dict[str, Any]]] = {"perplexity": [], "tasks": []}
     if file.exists():
         try:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorap.config import CompressionConfig, Sublayer
 from lorap.errors import LorapError, UsageError
+from lorap.families import Family
 from lorap.ops.heads import head_scores
 from lorap.ops.importance import group_scores, taylor_importance
 from lorap.ops.joint import stacked
@@ -23,7 +24,7 @@ from lorap.pipeline.activations import Kept, Store
 from lorap.pipeline.factors import STATISTICS, factorise
 from lorap.pipeline.forward import Batch, Decoder, Samples, targets_of
 from lorap.pipeline.progress import Steps
-from lorap.pipeline.statistics import INPUT_OF, Collector, Statistic
+from lorap.pipeline.statistics import INPUT_OF, Collector, Input, InputStatistics, Statistic, Wanted
 from lorap.pipeline.streaming import read_ahead
 from lorap.pipeline.sublayers import low_rank_method, wanted_statistics
 from lorap.plan import LayerPlan, Measurements, ModulePlan, Plan, make_plan
@@ -133,6 +134,64 @@ class _Layer:
     plan: LayerPlan
 
 
+def observe(
+    layer: nn.Module,
+    index: int,
+    family: Family,
+    wanted: Mapping[Input, Wanted],
+    batches: Sequence[Batch],
+    *,
+    similarity: bool,
+) -> tuple[dict[Input, InputStatistics], dict[Sublayer, float]]:
+    """Run a layer over the batches, which take its output, and look at what happens in it.
+
+    Parameters
+    ----------
+    layer : Module
+        Decoder layer `index` of the uncompressed model.
+    index : int
+    family : Family
+    wanted : mapping
+        Statistics to take of the linears' inputs.
+    batches : sequence of Batch
+    similarity : bool
+        Whether to take the similarities of the sub-layers.
+
+    Returns
+    -------
+    inputs : dict
+        The statistics.
+    similarities : dict
+        Mean cosine of the residual stream before and after each sub-layer; empty where it was not
+        asked for.
+
+    Raises
+    ------
+    LorapError
+        If activations are not finite; the message names the layer.
+    """
+    between: list[Tensor] = []
+    listener = layer.get_submodule(family.ffn_input).register_forward_pre_hook(
+        lambda _, inputs: between.append(inputs[0])
+    )
+    cosines: dict[Sublayer, float] = {"mha": 0.0, "ffn": 0.0}
+    tokens = 0
+    with torch.no_grad(), Collector(layer, wanted) as collector:
+        for batch in batches:
+            collector.expect(batch)
+            before = batch.kept.load()
+            after = batch.run(layer, index, before)
+            middle = between.pop()
+            if similarity:
+                cosines["mha"] += cosine_sum(before, middle, batch.mask)
+                cosines["ffn"] += cosine_sum(middle, after, batch.mask)
+            batch.advance(after, index)
+            tokens += batch.tokens
+    listener.remove()
+    similarities = {sublayer: total / tokens for sublayer, total in cosines.items()}
+    return collector.statistics(index), similarities if similarity else {}
+
+
 def _measure_forward_(
     measured: Measurements,
     layer: _Layer,
@@ -149,28 +208,11 @@ def _measure_forward_(
         return frozenset()
 
     wanted = wanted_statistics(family, layer.plan, statistics_of)
-    between: list[Tensor] = []
-    listener = layer.module.get_submodule(family.ffn_input).register_forward_pre_hook(
-        lambda _, inputs: between.append(inputs[0])
+    inputs, similarities = observe(
+        layer.module, layer.index, family, wanted, batches, similarity=config.measures_similarity
     )
-    cosines: dict[Sublayer, float] = {"mha": 0.0, "ffn": 0.0}
-    tokens = 0
-    with torch.no_grad(), Collector(layer.module, wanted) as collector:
-        for batch in batches:
-            collector.expect(batch)
-            before = batch.kept.load()
-            after = batch.run(layer.module, layer.index, before)
-            middle = between.pop()
-            if config.measures_similarity:
-                cosines["mha"] += cosine_sum(before, middle, batch.mask)
-                cosines["ffn"] += cosine_sum(middle, after, batch.mask)
-            batch.advance(after, layer.index)
-            tokens += batch.tokens
-    listener.remove()
-    if config.measures_similarity:
-        for sublayer, total in cosines.items():
-            measured.similarities[layer.index, sublayer] = total / tokens
-    inputs = collector.statistics(layer.index)
+    for sublayer, similarity in similarities.items():
+        measured.similarities[layer.index, sublayer] = similarity
     names = {**family.attention, **family.ffn}
     original = decoder.split(layer.original)
     for name, module in layer.plan.items():

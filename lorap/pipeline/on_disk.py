@@ -27,6 +27,7 @@ from lorap.config import CompressionConfig
 from lorap.data.calibration import Calibration, load_calibration
 from lorap.errors import UsageError
 from lorap.families import family_of
+from lorap.pages.report_page import report_page
 from lorap.pipeline.forward import Batch, Decoder, Samples
 from lorap.pipeline.inspection import Inspection
 from lorap.pipeline.layers import LayerResult, compress_layers, run_compressed, run_dense
@@ -107,14 +108,14 @@ def compress_checkpoint(
     # What the configuration and the calibration data show wrong, before the weights are fetched.
     model_config = read_config(model, revision=revision)
     draft_plan(model_config, family_of(model_config), config)
-    chosen = _load_calibration(calibration, model, model_config, config, field, revision)
+    chosen = load_samples(calibration, model, model_config, config, field, revision)
     reader = open_checkpoint(model, revision=revision, allow_bin=allow_bin)
     family = reader.family
     draft = draft_plan(reader.config, family, config)
     check_output(
         output, overwrite=overwrite, needed_bytes=_bytes_after(reader, draft), inputs=inputs
     )
-    decoder = _decoder(reader, device, dtype)
+    decoder = decoder_of(reader, device, dtype)
     samples = Samples(chosen.input_ids, batch_size=config.batch_size)
     others = reader.shards_of_others()
     writer = CheckpointWriter(
@@ -159,6 +160,7 @@ def compress_checkpoint(
         writer.write_safetensors(files.CALIBRATION, {"input_ids": chosen.input_ids})
         writer.write_safetensors(files.STATISTICS, _statistics(writer, decoder, measurements))
         writer.write_json(files.REPORT, summary)
+        writer.write_text(files.REPORT_PAGE, report_page(summary, name=output.name))
         card = model_card(
             summary, name=output.name, original=reader.path, multimodal=reader.outer is not None
         )
@@ -332,9 +334,9 @@ def plan_checkpoint(
             f"allocation {config.allocation}: ranks and ratios are measured on calibration data: "
             "expected a source, got none; give --calibration"
         )
-    chosen = _load_calibration(calibration, model, model_config, config, field, revision)
+    chosen = load_samples(calibration, model, model_config, config, field, revision)
     reader = open_checkpoint(model, revision=revision)
-    decoder = _decoder(reader, choose_device(config.device), choose_dtype(config.dtype))
+    decoder = decoder_of(reader, choose_device(config.device), choose_dtype(config.dtype))
     samples = Samples(chosen.input_ids, batch_size=config.batch_size)
     draft = draft_plan(reader.config, reader.family, config)
     advance = Steps(progress, config, decoder.layers)
@@ -343,7 +345,7 @@ def plan_checkpoint(
         return measured_plan(decoder, samples, store, draft, config, advance)[0]
 
 
-def _load_calibration(
+def load_samples(
     calibration: str,
     model: str | Path,
     model_config: PretrainedConfig,
@@ -351,6 +353,22 @@ def _load_calibration(
     field: str | None,
     revision: str | None,
 ) -> Calibration:
+    """Return the calibration samples, tokenised by the model's tokenizer where they are text.
+
+    Parameters
+    ----------
+    calibration, model, field, revision
+        As for ``compress_checkpoint``.
+    model_config : PretrainedConfig
+        Of the original model.
+    config : CompressionConfig
+        Gives ``samples``, ``seqlen`` and ``seed``.
+
+    Raises
+    ------
+    UsageError, LorapError
+        As :func:`lorap.data.calibration.load_calibration`.
+    """
     return load_calibration(
         calibration,
         tokenizer=lambda: _load_tokenizer(fetch_tokenizer_files(model, revision=revision)),
@@ -363,8 +381,18 @@ def _load_calibration(
     )
 
 
-def _decoder(reader: CheckpointReader, device: torch.device, dtype: torch.dtype | None) -> Decoder:
-    """Return the reader's model layer by layer."""
+def decoder_of(
+    reader: CheckpointReader, device: torch.device, dtype: torch.dtype | None
+) -> Decoder:
+    """Return the reader's model layer by layer.
+
+    Parameters
+    ----------
+    reader : CheckpointReader
+    device : torch.device
+    dtype : torch.dtype or None
+        Of the forwards; None takes the checkpoint's own.
+    """
 
     def load_layer(index: int) -> Mapping[str, Tensor]:
         return reader.load(f"{reader.family.layers_path}.{index}.")

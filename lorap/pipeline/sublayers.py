@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -343,6 +344,7 @@ def _select(
             "lowest_of_top": ordered[high] if high < len(ordered) else None,
         }
     }
+    said["score_histogram"] = _histogram(scores, removed)
     if energies:
         total = sum(whole.values())
         said["relative_weighted_error"] = {
@@ -350,6 +352,41 @@ def _select(
         }
         said["retained_energy"] = 1 - sum(lost.values()) / total if total else 1.0
     return kept, said
+
+
+_BINS = 24
+"""Bins of a histogram of scores."""
+
+
+def _histogram(scores: Tensor, removed: Tensor) -> dict[str, list[Any]]:
+    """Count the scores in bins of equal width on a logarithmic axis.
+
+    Parameters
+    ----------
+    scores : (units,)
+        Not negative. Those that are 0 count in the first bin.
+    removed : (units,) bool
+
+    Returns
+    -------
+    dict
+        ``edges``, from the lowest score above 0 to the highest; between them the numbers ``kept``
+        and ``removed``. One bin where all such scores are equal.
+    """
+    values, gone = scores.double().cpu(), removed.cpu()
+    positive = values[values > 0]
+    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (0.0, 0.0)
+    bins = _BINS if high > low else 1
+    inner = values.new_empty(0)
+    if bins > 1:
+        steps = torch.linspace(math.log(low), math.log(high), bins + 1, dtype=values.dtype)
+        inner = steps[1:-1].exp()
+    places = torch.bucketize(values, inner, right=True)
+    return {
+        "edges": [low, *inner.tolist(), high],
+        "kept": torch.bincount(places[~gone], minlength=bins).tolist(),
+        "removed": torch.bincount(places[gone], minlength=bins).tolist(),
+    }
 
 
 def _root_of_share(error: float, whole: float) -> float:

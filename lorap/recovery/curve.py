@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+
+from lorap.pages.charts import ticks
 
 Point = tuple[int, float]
 """Step, and the loss there in nats per token."""
@@ -53,7 +54,7 @@ def svg(training: Sequence[Point], validation: Sequence[Point]) -> str:
         'font-family="sans-serif" font-size="11" fill="#333">',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>',
     ]
-    for loss in _ticks(low, high):
+    for loss in ticks(low, high):
         x, y = at(0, loss)
         parts.append(f'<path d="M{x} {y}H{_WIDTH - _MARGIN}" stroke="#ddd"/>')
         parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{loss:g}</text>')
@@ -77,14 +78,3 @@ def svg(training: Sequence[Point], validation: Sequence[Point]) -> str:
         x, y = at(step, loss)
         parts.append(f'<circle cx="{x}" cy="{y}" r="2.5" fill="#c33"/>')
     return "\n".join([*parts, "</svg>\n"])
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Return about five round numbers in a range."""
-    step = 10.0 ** math.floor(math.log10((high - low) / 3))
-    if (high - low) / step > 12:
-        step *= 5
-    elif (high - low) / step > 6:
-        step *= 2
-    first = math.ceil(low / step)
-    return [round(n * step, 10) for n in range(first, math.floor(high / step) + 1)]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorap import checks
 from lorap.checkpoint.card import model_card
-from lorap.checkpoint.files import CALIBRATION, REPORT, STATISTICS
+from lorap.checkpoint.files import CALIBRATION, REPORT, REPORT_PAGE, STATISTICS
 from lorap.checkpoint.reader import CheckpointReader, open_compressed
 from lorap.checkpoint.writer import CheckpointWriter, check_output
 from lorap.data.calibration import Calibration, calibration_from_ids, load_calibration
@@ -34,6 +34,7 @@ from lorap.ops.lora import (
     stacked_update,
 )
 from lorap.ops.lowrank import column_scale, retained_energy, weighted_error
+from lorap.pages.report_page import report_page
 from lorap.pipeline.activations import Kept
 from lorap.pipeline.forward import Decoder, Samples
 from lorap.pipeline.layers import run_compressed
@@ -207,6 +208,7 @@ def merge_adapter(
             if (reader.path / name).is_file():
                 writer.write_safetensors(name, load_file(reader.path / name))
         writer.write_json(REPORT, summary)
+        writer.write_text(REPORT_PAGE, report_page(summary, name=Path(output).name))
         card = model_card(summary, name=Path(output).name, original=reader.path)
         writer.write_text("README.md", card)
         writer.commit(config)
