@@ -18,8 +18,8 @@ def missing(package: str) -> bool:
 def provide(folder: Path) -> dict[str, str]:
     """Make the packages importable that can be stood in for, here and in processes to come.
 
-    ``wrapt`` by the one function that lorap needs at its import, ``lorap_reference`` by the repository's
-    own folder, where it is not installed.
+    ``wrapt`` by the one function that lorap needs at its import, ``lorap_reference`` by the
+    repository's own folder, where it is not installed.
 
     Parameters
     ----------
