@@ -300,19 +300,14 @@ def compare(
     seed: int = 0,
 ) -> Comparison:
     """Compress a random model both ways."""
-    from transformers import AutoModelForCausalLM
-
     ids = torch.randint(
         3, shape.vocabulary, (samples, 128), generator=torch.Generator().manual_seed(seed)
     )
     config = CompressionConfig(ratio=ratio, ratio_scope="layer", samples=samples)
-    with TemporaryDirectory() as name:
-        write(shape, Path(name), dtype, seed)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name)
-        model: Any = loaded.to(device=device, dtype=dtype).requires_grad_(False)
+    model = _random_model(shape, dtype, device, seed)
     plan = make_plan(model.config, family_of(model.config), config)
     # Libraries and kernels are loaded, and chosen, by the first to need them.
-    _warm_up(model, ids, config)
+    _warm_up(dtype, device)
     peaks: dict[str, int] = {}
     _reset_peak(device)
     start = now(device)
@@ -351,15 +346,23 @@ def compare(
     )
 
 
-def _warm_up(model: Any, ids: Tensor, config: CompressionConfig) -> None:
-    """Run a forward, and a small decomposition of each kind."""
-    with torch.no_grad():
-        model(ids[:1].to(model.device))
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 64, generator=generator).to(model.device)
-    norms = torch.ones(64, device=model.device)
-    decompose(weight, norms, 8)
-    awsvd(weight, norms, 8)
+def _warm_up(dtype: torch.dtype, device: torch.device) -> None:
+    """Compress a tiny model both ways."""
+    shape = Shape(64, 176, 1, 4, 4, 512)
+    model = _random_model(shape, dtype, device, 0)
+    ids = torch.randint(3, 512, (4, 128), generator=torch.Generator().manual_seed(0))
+    config = CompressionConfig(ratio=0.4, ratio_scope="layer")
+    lorap.compress(model, config, calibration=ids)
+    compress_literally(model, ids, make_plan(model.config, family_of(model.config), config))
+
+
+def _random_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with TemporaryDirectory() as name:
+        write(shape, Path(name), dtype, seed)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name)
+        return loaded.to(device=device, dtype=dtype).requires_grad_(False)
 
 
 def _reset_peak(device: torch.device) -> None:

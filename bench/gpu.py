@@ -293,9 +293,11 @@ def _floor(found: Mapping[str, Any], tokens: int, ceiling: Mapping[str, float]) 
 
     At the disk's and the matmuls' speed, one after the other. Without the decompositions.
     """
-    moved = found["bytes before"] / ceiling["disk read, bytes/s"]
+    moved: float = found["bytes before"] / ceiling["disk read, bytes/s"]
     moved += found["bytes after"] / ceiling["disk write, bytes/s"]
-    operations = 2 * tokens * (found["layer parameters before"] + found["layer parameters after"])
+    operations: int = (
+        2 * tokens * (found["layer parameters before"] + found["layer parameters after"])
+    )
     return moved + operations / ceiling["matmul bfloat16, operations/s"]
 
 
