@@ -35,13 +35,15 @@ class Shape:
 
 
 SHAPES = {
+    "small": Shape(512, 1408, 2, 8, 8, 4096),
+    "medium": Shape(1024, 2816, 4, 16, 4, 8192),
     "tinyllama": Shape(2048, 5632, 22, 32, 4),
     "llama-7b": Shape(4096, 11008, 32, 32, 32),
     "llama-13b": Shape(5120, 13824, 40, 40, 40),
     "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256),
     "llama-3-70b": Shape(8192, 28672, 80, 64, 8, 128256),
 }
-"""Those of the models of these names."""
+"""Those of the models of these names; ``small`` and ``medium`` are nobody's."""
 
 
 def write(shape: Shape, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:

@@ -432,9 +432,10 @@ def plan(
 ) -> None:
     """Show the ranks, widths and sizes that a ratio gives.
 
-    Parameters and MACs before and after, per module and in all. From the model's configuration
-    alone, unless ranks and ratios are to be measured (--allocation mgaa): then the weights are read
-    and run on the calibration data.
+    Parameters and MACs before and after, per module and in all; and, estimated, the peak memory of
+    compress and the bytes that it reads and writes. From the model's configuration alone, unless
+    ranks and ratios are to be measured (--allocation mgaa): then the weights are read and run on
+    the calibration data.
     """
     settings, run = _settings(ctx)
     _quieten()
@@ -1294,6 +1295,16 @@ def _print_plan(plan: Plan) -> None:
         f"MACs        {_short(plan.macs_before)} -> {_short(plan.macs)} "
         f"for one sequence of {plan.tokens} tokens"
     )
+    found = plan.estimate
+    assert found is not None
+    peak = ", ".join(f"{_gib(size)} ({at})" for at, size in found.peak_memory.items())
+    typer.echo(f"peak memory {peak}, estimated; hidden states wait on: {found.activations}")
+    read, written = (_gib(sum(terms.values())) for terms in (found.read, found.written))
+    typer.echo(f"files       {read} read and {written} written, estimated")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 def _ratio_table(plan: Plan) -> Table:
@@ -1336,7 +1347,7 @@ def _print_summary(report: Mapping[str, Any], output: str) -> None:
 
     before, after = report["parameters"]["before"], report["parameters"]["after"]
     peak = ", ".join(
-        f"{size / 2**30:.2f} GiB ({place})" for place, size in report["peak_memory_bytes"].items()
+        f"{_gib(size)} ({place})" for place, size in report["peak_memory_bytes"].items()
     )
     asked = "none asked" if report["ratio"] is None else f"{report['ratio']:.2%} asked"
     if report["ratio_scope"] == "layer":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from lorap.families import Family, LayerStructure
+    from lorap.pipeline.estimate import Estimate
 
 Kind = Literal["low_rank", "dense", "channels", "heads"]
 
@@ -126,6 +127,8 @@ class Plan:
         of attention.
     layers : tuple of mapping
         Module plans by name (``self_attn.q_proj``, ..., ``mlp``), one mapping per decoder layer.
+    estimate : Estimate or None
+        What it takes to carry the plan out, where that was asked for.
     """
 
     ratio: float | None
@@ -137,6 +140,7 @@ class Plan:
     macs_before: int
     macs: int
     layers: tuple[LayerPlan, ...]
+    estimate: Estimate | None = None
 
     @property
     def achieved_ratio(self) -> float:
@@ -174,6 +178,7 @@ class Plan:
             "achieved_ratio": self.achieved_ratio,
             "parameters": {"before": self.parameters_before, "after": self.parameters},
             "macs": {"tokens": self.tokens, "before": self.macs_before, "after": self.macs},
+            **({} if self.estimate is None else {"estimate": self.estimate.to_dict()}),
             "layers": [
                 {
                     "ratios": ratios,

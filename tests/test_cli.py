@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def test_plan_as_json_is_the_plan(model: Path) -> None:
         "achieved_ratio",
         "parameters",
         "macs",
+        "estimate",
         "layers",
     ]
 
@@ -168,6 +170,8 @@ def test_plan_of_llama_7b_is_the_table_of_the_authors(tmp_path: Path) -> None:
     assert "width 8807" in table
     assert "19.22% of all parameters removed; 20.00% of the layers' parameters asked" in table
     assert "6,738,415,616 -> " in table
+    assert re.search(r"peak memory \d+\.\d\d GiB \(cpu\).*, estimated; hidden states", table)
+    assert re.search(r"files +\d+\.\d\d GiB read and \d+\.\d\d GiB written, estimated", table)
 
 
 def test_equal_layers_are_grouped_wherever_they_are(model: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from lorap.data.calibration import Calibration, load_calibration
 from lorap.errors import UsageError
 from lorap.families import family_of
 from lorap.pages.report_page import report_page
+from lorap.pipeline.estimate import estimate
 from lorap.pipeline.forward import Batch, Decoder, Samples
 from lorap.pipeline.inspection import Inspection
 from lorap.pipeline.layers import LayerResult, compress_layers, run_compressed, run_dense
@@ -316,6 +317,11 @@ def plan_checkpoint(
         As for ``compress_checkpoint``.
     progress : callable, optional
 
+    Returns
+    -------
+    Plan
+        With an estimate of the memory and the traffic that ``compress_checkpoint`` would need.
+
     Raises
     ------
     UsageError
@@ -324,11 +330,12 @@ def plan_checkpoint(
         If weights or activations are not finite, or the hub cannot be reached.
     """
     model_config = read_config(model, revision=revision)
+    family, asked = family_of(model_config), config
     # Scores decide which channels stay, not how many.
     config = dataclasses.replace(config, importance="activation")
-    draft = draft_plan(model_config, family_of(model_config), config)
+    draft = draft_plan(model_config, family, config)
     if not config.measures:
-        return draft
+        return dataclasses.replace(draft, estimate=estimate(model_config, family, asked, draft))
     if calibration is None:
         raise UsageError(
             f"allocation {config.allocation}: ranks and ratios are measured on calibration data: "
@@ -342,7 +349,9 @@ def plan_checkpoint(
     advance = Steps(progress, config, decoder.layers)
     store = decoder.store(samples, config)
     with Inspection(reader.iter_tensors()):
-        return measured_plan(decoder, samples, store, draft, config, advance)[0]
+        plan, _ = measured_plan(decoder, samples, store, draft, config, advance)
+    found = estimate(reader.config, reader.family, asked, plan)
+    return dataclasses.replace(plan, estimate=found)
 
 
 def load_samples(

@@ -1,0 +1,197 @@
+"""The benchmarks run, and those for a GPU are ready for one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from bench import baseline, gpu, solvers
+from bench.models import Shape
+from bench.stand_ins import ROOT, wrapt
+
+
+def test_the_stages_are_listed() -> None:
+    command = [sys.executable, "-m", "bench.gpu", "--list"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(gpu.STAGES)
+
+
+def test_without_a_gpu_stages_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["solvers"]) == 2
+    assert "no CUDA device here" in capsys.readouterr().err
+
+
+def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["nonsense"])
+    assert "no stage nonsense" in capsys.readouterr().err
+
+
+class Fake:
+    """Stages that note what was run."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.broken = {"second"}
+
+    def stages(self) -> dict[str, gpu.Stage]:
+        tasks = {name: self.task(name) for name in ("first", "second", "third")}
+        return {
+            "checked": gpu.Stage("", {"only": self.task("only")}, timed=False),
+            "timed": gpu.Stage("", tasks),
+        }
+
+    def task(self, name: str) -> gpu.Task:
+        def work(machine: gpu.Machine) -> gpu.Values:
+            self.ran.append(name)
+            if name in self.broken:
+                raise RuntimeError("out of memory")
+            return {"ceiling": machine.ceilings.get("speed")}
+
+        return work
+
+    def run(self, results: Path, device: str = "card", again: bool = False) -> int:
+        self.ran = []
+        return gpu.run_stages(
+            self.stages(),
+            results,
+            gpu.Machine(results.parent, {}, {}),
+            device=device,
+            again=again,
+            measure_ceilings=lambda _: {"speed": 2.0},
+        )
+
+
+def test_stages_resume(tmp_path: Path) -> None:
+    results, fake = tmp_path / "new" / "results.jsonl", Fake()
+    assert fake.run(results) == 1
+    assert fake.ran == ["only", "first", "second", "third"]
+    lines = list(gpu.read(results))
+    assert [line["task"] for line in lines if line["stage"] != "ceilings"] == fake.ran
+    assert lines[0]["values"] == {"ceiling": None}
+    assert lines[2]["values"] == {"ceiling": 2.0}
+    assert lines[3]["error"] == "RuntimeError: out of memory"
+    fake.broken = set()
+    assert fake.run(results) == 0
+    assert fake.ran == ["second"], "what failed, alone"
+    assert fake.run(results) == 0
+    assert fake.ran == []
+    assert len(list(gpu.read(results))) == 7, "no ceilings where there is nothing to time"
+    assert fake.run(results, device="another card") == 0
+    assert len(fake.ran) == 4
+    assert fake.run(results, again=True) == 0
+    assert len(fake.ran) == 4
+
+
+def test_a_line_that_was_cut_off_is_run_again(tmp_path: Path) -> None:
+    results, fake = tmp_path / "results.jsonl", Fake()
+    fake.broken = set()
+    fake.run(results)
+    results.write_text(results.read_text()[:-20])
+    fake.run(results)
+    assert fake.ran == ["third"]
+    assert [line["task"] for line in gpu.read(results)][-1] == "third"
+    assert fake.run(results) == 0
+    assert fake.ran == []
+
+
+def test_without_ceilings_nothing_is_timed(tmp_path: Path) -> None:
+    fake = Fake()
+
+    def broken(_: gpu.Machine) -> gpu.Values:
+        raise RuntimeError("no disk")
+
+    machine = gpu.Machine(tmp_path, {}, {})
+    results = tmp_path / "results.jsonl"
+    failures = gpu.run_stages(
+        fake.stages(), results, machine, device="card", measure_ceilings=broken
+    )
+    assert failures == 1
+    assert fake.ran == ["only"]
+
+
+def test_the_floor_by_hand() -> None:
+    found = {
+        "bytes before": 100,
+        "bytes after": 60,
+        "layer parameters before": 40,
+        "layer parameters after": 20,
+    }
+    ceiling = {
+        "disk read, bytes/s": 50.0,
+        "disk write, bytes/s": 20.0,
+        "matmul bfloat16, operations/s": 12.0,
+    }
+    assert gpu._floor(found, 3, ceiling) == 2 + 3 + 2 * 3 * 60 / 12
+
+
+def test_a_disk_has_ceilings(tmp_path: Path) -> None:
+    found = gpu.disk_ceilings(tmp_path, 2**24)
+    assert all(value > 0 for value in found.values())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stands_in_for_wrapt_calls_at_once() -> None:
+    called: list[ModuleType] = []
+    wrapt.register_post_import_hook(called.append, "json")
+    wrapt.register_post_import_hook(called.append, "peft")
+    wrapt.register_post_import_hook(called.append, "no_such_module_of_any_name")
+    assert called == [json]
+
+
+def test_lorap_runs_without_wrapt(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib\n"
+        "from bench import stand_ins\n"
+        "stand_ins.missing = lambda package: package == 'wrapt'\n"
+        f"stand_ins.provide(pathlib.Path({str(tmp_path)!r}))\n"
+        "import lorap, wrapt\n"
+        f"assert wrapt.__file__.startswith({str(tmp_path)!r}), wrapt.__file__\n"
+        "from transformers import AutoConfig\n"
+        "AutoConfig.for_model('lorap_llama')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("spectrum", ["decay", "outliers"])
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
+def test_solvers_are_compared(shape: tuple[int, int], spectrum: str) -> None:
+    rows = {
+        row["solver"]: row for row in solvers.compare(shape, spectrum, torch.device("cpu"), 1, 0)
+    }
+    assert list(rows) == list(solvers.SOLVERS)
+    assert rows["full SVD"]["ratio"] == 1
+    assert float(rows["gram"].get("excess", 0.0)) <= 1
+    assert float(rows["full SVD"]["excess"]) <= 1
+
+
+def test_excess_by_hand() -> None:
+    # The second direction in the place of the first: 4 is lost where 1 would be.
+    matrix = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64))
+    values = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    second = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    allowed = 1e-6 + 20 * torch.finfo(torch.float64).eps * 2 * 5
+    assert solvers.contract_share(matrix, second, values) == pytest.approx(3 / allowed)
+    assert solvers.contract_share(matrix, second.flip(0), values) == 0
+
+
+def test_the_baseline_does_what_lorap_does() -> None:
+    found = baseline.compare(
+        Shape(64, 176, 2, 4, 4, 512),
+        ratio=0.4,
+        samples=4,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    assert found.difference < 1e-4
+    assert found.same_channels == 1
+    assert list(found.parts) == ["statistics", "decompositions", "pruning", "forward"]
