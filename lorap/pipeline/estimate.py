@@ -12,7 +12,7 @@ import torch
 from lorap.config import CompressionConfig
 from lorap.pipeline.activations import Place, choose_place
 from lorap.pipeline.forward import TOKENS_PER_BATCH
-from lorap.pipeline.statistics import INPUT_OF, Input, Wanted
+from lorap.pipeline.statistics import INPUT_OF, Input, Statistic, Wanted
 from lorap.pipeline.sublayers import low_rank_method, statistics_of, wanted_statistics
 from lorap.plan import LayerPlan, ModulePlan, Plan
 from lorap.runtime import choose_dtype
@@ -99,12 +99,12 @@ def estimate(
       in another dtype, a copy in that;
     - ``written``: the compressed layer that is being written, and what there is of the next one;
     - ``activations``: the hidden states of all samples, where they wait in this memory; with
-      importance ``taylor`` those of all layers;
+      importance ``taylor`` those of all layers, with a dense target those of two models;
     - ``statistics``: the sums over each input's features, of their products ``8 d_in^2`` bytes, and
       twice as much again for the sum of a batch and the new total;
     - ``workspace``: the largest of what the forward of a batch needs (:func:`forward_workspace`),
-      the factors of a matrix (:func:`low_rank_workspace`) and the scores of channels and heads
-      (:func:`pruning_workspace`);
+      the factors of a matrix (:func:`low_rank_workspace`), the scores of channels and heads
+      (:func:`pruning_workspace`) and a least-squares fit (:func:`fit_workspace`);
     - ``heap``: on a CPU, the workspace of the forward while the next steps have theirs, where its
       blocks are too small for the C library to give them back (``LARGE_BLOCK``).
 
@@ -230,6 +230,21 @@ def pruning_workspace(weights: Iterable[tuple[int, int]], itemsize: int) -> int:
     return wide * sum(sizes) + (16 if wide == 4 else 8) * max(sizes)
 
 
+def fit_workspace(shape: tuple[int, int]) -> int:
+    """Return the bytes that a least-squares fit of a weight needs.
+
+    The correlations of its inputs, their factor, its inverse and a copy, and the weight, the
+    target's moment with the inputs and the fitted weight, all in float64.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        ``(d_out, d_in)``
+    """
+    d_out, d_in = shape
+    return 8 * (4 * d_in**2 + 3 * d_out * d_in)
+
+
 class _Estimator:
     """The sizes of a model and of its compressed form, in bytes."""
 
@@ -272,7 +287,10 @@ class _Estimator:
             config.samples,
         )
         self.state = config.samples * config.seqlen * self.hidden * self.computed
-        self.states = len(self.layers) + 2 if config.measures_gradients else 2
+        # As many as Decoder.store makes room for.
+        self.states = 2 if config.dense_target is None else 4
+        if config.measures_gradients:
+            self.states = max(self.states, len(self.layers) + 2)
         self.place = self._place()
 
     def _place(self) -> Place:
@@ -284,7 +302,8 @@ class _Estimator:
         return choose_place(self.config.activations, self.states * self.state, device)
 
     def estimate(self) -> Estimate:
-        kept = self.state * (self.states - 1 if self.config.measures_gradients else 1)
+        streams = 1 if self.config.dense_target is None else 2
+        kept = self.state * (self.states - 1 if self.config.measures_gradients else streams)
         on_device = self.place == "device" or (self.place == "cpu" and self.device == "cpu")
         moments = [{"activations": kept if on_device else 0} | moment for moment in self._moments()]
         base = self._process()
@@ -331,7 +350,7 @@ class _Estimator:
     def _moments_of_layer(self, index: int, previous: int) -> Iterable[dict[str, int]]:
         layer, plan = self.layers[index], self.plan.layers[index]
         size = self.sizes[index]
-        wanted = wanted_statistics(self.family, plan, lambda m: statistics_of(m, self.config))
+        wanted = wanted_statistics(self.family, plan, self._statistics_of)
         sums, adding = self._statistics(layer, wanted)
         made = self.stored * sum(m.parameters for m in plan.values() if m.kind != "dense")
         held = {"weights": 2 * size, "written": previous, "statistics": sums}
@@ -410,16 +429,23 @@ class _Estimator:
         small = self.device == "cpu" and widest < LARGE_BLOCK
         return self._forward(layer) if small else 0
 
+    def _statistics_of(self, module: ModulePlan, role: str) -> frozenset[Statistic]:
+        return statistics_of(module, role, self.config)
+
     def _workspace(self, layer: Mapping[str, tuple[int, ...]], module: ModulePlan) -> int:
         shapes = [self._shape(layer, role) for role in module.roles]
         if module.kind == "low_rank":
             assert module.rank is not None
             shape = (sum(d_out for d_out, _ in shapes), shapes[0][1])
             method = low_rank_method(self.config, module.sublayer)
-            return low_rank_workspace(shape, module.rank, method, self.stored)
-        if module.kind == "dense" or self.config.measures_gradients:
-            return 0
-        return pruning_workspace(shapes, self.stored)
+            low_rank = low_rank_workspace(shape, module.rank, method, self.stored)
+            return low_rank + (0 if self.config.dense_target is None else fit_workspace(shape))
+        fitted = max(fit_workspace(shape) for shape in shapes)
+        if module.kind == "dense":
+            return 0 if self.config.dense_target is None else fitted
+        fits = self.config.update != "none" or self.config.selection == "obs"
+        pruned = 0 if self.config.measures_gradients else pruning_workspace(shapes, self.stored)
+        return pruned + (fitted if fits or self.config.dense_target is not None else 0)
 
     def _traffic(self) -> tuple[dict[str, int], dict[str, int]]:
         layers, others = sum(self.sizes), sum(self.others.values())
@@ -428,7 +454,7 @@ class _Estimator:
         read = {"model": 2 * (layers + others) + embedding, "layers written": written}
         forwards = 0
         for plan in self.plan.layers:
-            wanted = wanted_statistics(self.family, plan, lambda m: statistics_of(m, self.config))
+            wanted = wanted_statistics(self.family, plan, self._statistics_of)
             forwards += 2 if wanted else 1
         states = len(self.layers) + 1
         if self.config.measures:
