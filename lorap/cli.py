@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -1061,10 +1062,14 @@ def _parse_layers(text: str) -> list[int]:
     """
     layers: list[int] = []
     for part in text.split(","):
-        first, dash, last = (word.strip() for word in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"layers: expected numbers and spans such as 0,3-5, got {text!r}")
-        layers += range(int(first), int(last if dash else first) + 1)
+        # Six digits: a list of a span's layers stays small, whatever is asked for.
+        match = re.fullmatch(r" *(\d{1,6}) *(?:- *(\d{1,6}) *)?", part, re.ASCII)
+        span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not span:
+            raise UsageError(
+                f"layers: expected numbers and rising spans such as 0,3-5, got {text!r}"
+            )
+        layers += span
     return layers
 
 
@@ -1553,7 +1558,9 @@ def _print_export(report: Mapping[str, Any], output: str) -> None:
     )
     if sizes["original"] is not None:
         left = 1 - sizes["exported"] / sizes["original"]
-        typer.echo(f"original     {sizes['original']:,}, of which {left:.2%} stay removed")
+        # Biases, or zeros that fill up, can outweigh what stays removed.
+        what = f"of which {left:.2%} stay removed" if left >= 0 else f"and {-left:.2%} more now"
+        typer.echo(f"original     {sizes['original']:,}, {what}")
     typer.echo(
         f"weights      {stored['compressed'] / 2**20:.1f} MiB -> "
         f"{stored['exported'] / 2**20:.1f} MiB"

@@ -443,7 +443,8 @@ def load_recipe(path: str | Path) -> Recipe:
     ------
     UsageError
         If the file cannot be read, a key is unknown (the nearest valid one is named) or there
-        twice, or a value does not fit.
+        twice, or a value does not fit. Whether all have an effect is for ``CompressionConfig`` to
+        check, together with the options of the command line.
     """
     try:
         # Unlike Path.expanduser, this leaves the name of an unknown user as it is.
@@ -468,8 +469,15 @@ def load_recipe(path: str | Path) -> Recipe:
             expected = "true or false" if RUN_OPTIONS[key] is bool else "a text"
             raise UsageError(f"recipe {path}: {key}: expected {expected}, got {value!r}")
     preset = content.get("preset", "lorap")
-    CompressionConfig.from_preset(preset, **settings)
+    _RecipeSettings.from_preset(preset, **settings)
     return Recipe(settings=settings, run=run, preset=preset)
+
+
+class _RecipeSettings(CompressionConfig):
+    """Settings that others, from the command line, are still to join: these may give effect."""
+
+    def _check_effects(self) -> None:
+        pass
 
 
 def _parse_yaml(text: str, path: str | Path) -> object:

@@ -600,7 +600,9 @@ def test_the_command_shows_its_options() -> None:
     assert all(word in result.stdout for word in ("ORIGINAL", "--layers", "--calibration"))
 
 
-@pytest.mark.parametrize("layers", ["", "x", "1-", "-1", "1;2", "7"])
+@pytest.mark.parametrize(
+    "layers", ["", "x", "1-", "-1", "1;2", "7", "1-0", "1-0,1", "0-9999999999"]
+)
 def test_layers_that_are_none(plain_pair: tuple[Path, Path], layers: str) -> None:
     result = run(*plain_pair, "--layers", layers)
     assert result.exit_code == 2

@@ -141,3 +141,13 @@ def test_an_anchor_may_be_merged_into_several_overrides(tmp_path: Path) -> None:
         Override("layers.0", rank=3),
         Override("layers.1", rank=3),
     )
+
+
+def test_a_setting_of_a_recipe_may_take_effect_by_an_option(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "ratio: 0.2\nasvd_alpha: 1.0\nmgaa_alpha: 0.5\n"))
+    config = CompressionConfig(**recipe.settings, mha="asvd", allocation="mgaa")
+    assert (config.asvd_alpha, config.mgaa_alpha) == (1.0, 0.5)
+    with pytest.raises(UsageError, match="has no effect"):
+        CompressionConfig(**recipe.settings)
+    with pytest.raises(UsageError, match="asvd_alpha: expected at least 0"):
+        load_recipe(write(tmp_path, "asvd_alpha: -1\n"))
