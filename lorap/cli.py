@@ -449,6 +449,7 @@ def plan(
             revision=run.get("revision"),
             progress=progress,
         )
+    _say_what_stays(made.ratios(), settings.sublayers)
     if as_json:
         _print_json(made.to_dict())
     else:
@@ -543,6 +544,7 @@ def compress(
             command=shlex.join(["lorap", *ctx.meta[ARGUMENTS]]),
             progress=progress,
         )
+    _say_what_stays([layer["ratios"] for layer in report["layers"]], settings.sublayers)
     if as_json:
         _print_json(report)
     else:
@@ -1258,6 +1260,18 @@ def _line_printer(unit: str) -> Callable[[int, int], None]:
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _say_what_stays(ratios: Sequence[Mapping[str, float]], sublayers: Sequence[str]) -> None:
+    """Warn on stderr of sub-layers that were to be compressed, and of which no layer loses any."""
+    for sublayer in sublayers:
+        if not any(layer.get(sublayer) for layer in ratios):
+            what = {"mha": "attention", "ffn": "the feed-forward blocks"}[sublayer]
+            typer.echo(
+                f"lorap: warning: nothing is removed from {what}: at this ratio it would be less "
+                "than one group of heads, channel or rank, or overrides keep it all",
+                err=True,
+            )
 
 
 def _print_plan(plan: Plan) -> None:

@@ -133,6 +133,14 @@ def test_version_and_the_module_as_a_command() -> None:
 # --- plan -----------------------------------------------------------------------------------------
 
 
+def test_a_sublayer_that_loses_nothing_is_told() -> None:
+    few_heads = Path(lorap.__file__).parent / "demo" / "model"
+    result = run("plan", few_heads, "--ratio", 0.3, "--mha", "heads", "--json")
+    assert "warning: nothing is removed from attention" in result.stderr
+    assert json.loads(result.stdout)["layers"]
+    assert "warning" not in run("plan", few_heads, "--ratio", 0.3).stderr
+
+
 def test_plan_as_json_is_the_plan(model: Path) -> None:
     shown = json.loads(run("plan", model, "--ratio", 0.3, "--seqlen", 16, "--json").stdout)
     expected = lorap.plan_checkpoint(str(model), CompressionConfig(ratio=0.3, seqlen=16))
