@@ -17,7 +17,18 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lorap_reference import budget, heads, importance, llama, lora, lowrank, mgaa, pca, statistics
+from lorap_reference import (
+    budget,
+    heads,
+    importance,
+    llama,
+    lora,
+    lowrank,
+    mgaa,
+    pca,
+    regression,
+    statistics,
+)
 from parity_tests import compare, llamas, rounding, tolerances
 from parity_tests import strategies as own
 from parity_tests.tolerances import CONFIDENCE, EPS32, EPS64
@@ -44,6 +55,9 @@ NO_BOUNDS = {
     "spectral_norm": "a part of others",
     "svd_unit": "a part of others",
     "gap": "a part of others",
+    "correlation_of": "a part of others",
+    "solved": "a part of others",
+    "removed_error": "a part of removals",
     "projector": "a part of awsvd_product",
     "stored_factors": "a part of half",
     "completed_product": "a part of awsvd_product and pca_product",
@@ -504,6 +518,90 @@ def test_squared_singular_values(A: own.Array, at: int) -> None:
             "q", np.sqrt(S**2 + times * bound * place), S, A.shape
         )
     )
+
+
+def refit_problem(data: st.DataObject) -> tuple[own.Array, own.Array]:
+    """Draw a weight without zeros, and the second moment of inputs that excite every feature."""
+    m, n = data.draw(st.tuples(own.sides(), own.sides(2)), label="shape")
+    rng = np.random.default_rng(data.draw(own.seeds, label="seed"))
+    X = rng.standard_normal((3 * n, n))
+    return rng.uniform(1, 2, (m, n)), X.T @ X
+
+
+@pytest.mark.refuses("ridged_correlation")
+@few
+@given(data=st.data())
+def test_correlations_that_are_off_are_past_their_bound(data: st.DataObject) -> None:
+    _, C = refit_problem(data)
+    K = regression.ridged_correlation(C, 1e-4)[1]
+    bound = tolerances.ridged_correlation(K)
+    refuses(lambda times: compare.close("q", K + times * bound, K, bound))
+
+
+@pytest.mark.refuses("least_squares_update", "regressed_weight")
+@few
+@given(data=st.data(), ridge=st.sampled_from((1e-4, 1.0)))
+def test_a_weight_that_is_off_is_refitted_past_the_bounds(
+    data: st.DataObject, ridge: float
+) -> None:
+    W, C = refit_problem(data)
+    d, kept = np.sqrt(np.diag(C)), np.arange(1, W.shape[1])
+    M = C + 0.1 * np.abs(C)
+    for of, norms, bound in (
+        (
+            lambda W: regression.least_squares_update(W, C, kept, ridge),
+            d[kept],
+            tolerances.least_squares_update(W, C, kept, ridge),
+        ),
+        (
+            lambda W: regression.regressed_weight(W, C, M, 0.5, ridge),
+            d,
+            tolerances.regressed_weight(W, C, M, 0.5, ridge),
+        ),
+    ):
+        # Both are linear in the weight.
+        expected = of(W)
+        relative = bound / float(np.linalg.norm(expected * norms))
+        refuses(
+            lambda times, of=of, norms=norms, bound=bound, expected=expected, by=relative: (
+                compare.within(
+                    "q", np.linalg.norm((of(W * (1 + times * by)) - expected) * norms), bound
+                )
+            )
+        )
+
+
+@pytest.mark.refuses("removal_cost")
+@few
+@given(data=st.data())
+def test_a_weight_that_is_off_changes_the_costs_of_removals_past_their_bound(
+    data: st.DataObject,
+) -> None:
+    W, C = refit_problem(data)
+    count = W.shape[1]
+    losses = regression.removal_order(W, C, count, 1.0)[1]
+    d, K = tolerances.correlation_of(C, 1.0)
+    inverse = 1 / float(np.linalg.eigvalsh(K)[0])
+    bound = tolerances.removal_cost(W * d, K, inverse, float(np.sum(losses)))
+    # Costs are squares in the weight.
+    relative = bound / float(np.max(losses))
+    refuses(
+        lambda times: compare.close(
+            "q",
+            regression.removal_order(W * np.sqrt(1 + times * relative), C, count, 1.0)[1],
+            losses,
+            bound,
+        )
+    )
+
+
+@pytest.mark.refuses("removals")
+def test_a_dearer_removal_is_refused() -> None:
+    W, C = np.array([[1.0, 2.0, 3.0]]), np.eye(3)
+    assert compare.removals("q", np.array([0, 1, 2]), W, C, 1e-4)
+    for order in ([1, 0, 2], [0, 2], [2]):
+        with pytest.raises(AssertionError, match="where the bound is"):
+            compare.removals("q", np.array(order), W, C, 1e-4)
 
 
 @pytest.mark.refuses("updated")

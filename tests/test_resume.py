@@ -375,7 +375,7 @@ def test_a_run_killed_again_and_again_is_resumed(
 ) -> None:
     chance = np.random.default_rng(seed)
     for _ in range(100):
-        if not killed(processes, case, int(chance.integers(1, 12)), resume=True):
+        if not killed(processes, case, int(chance.integers(1, 24)), resume=True):
             break
         if case.output.exists():
             break
