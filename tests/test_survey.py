@@ -292,7 +292,7 @@ def test_json_is_alone_on_stdout(model: Path) -> None:
         (["--samples", 4], "samples 4: has no effect without calibration data"),
         (["--overwrite"], "overwrite: has no effect without --output"),
         (["--layers", "0,3"], "expected layers from 0 to 2, got 3"),
-        (["--layers", "x"], "expected numbers and spans"),
+        (["--layers", "x"], "expected numbers and rising spans"),
         (["--dtype", "float12", "--calibration", "x.npy"], "dtype"),
         (["--calibration", "none.npy", "--seqlen", 16], "none.npy"),
     ],
