@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from lorap.checkpoint.evaluations import read_evaluations
 from lorap.checkpoint.files import EVALUATION, REPORT
 from lorap.errors import UsageError
 from lorap.pages.report_page import by_layer, in_order
-from lorap.report import FORMAT_VERSION
+from lorap.report import read_report
 from lorap.wording import duration, named
 
 
@@ -85,22 +84,11 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
 
 def _model(folder: str | Path) -> dict[str, Any]:
     path = Path(os.path.expanduser(folder))
-    file = path / REPORT
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-        version = report.get("format_version")
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{folder} holds no {REPORT}: expected a folder that lorap compress wrote"
-        ) from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{file}: not readable as a report: {error}") from error
-    if version != FORMAT_VERSION:
-        raise UsageError(f"{file}: expected format_version {FORMAT_VERSION}, got {version!r}")
+    report = read_report(path, str(folder))
     try:
         told = _told(report)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{file}: not the report of a compression: {error!r}") from error
+        raise UsageError(f"{path / REPORT}: not the report of a compression: {error!r}") from error
     evaluations = read_evaluations(path / EVALUATION)
     try:
         results = {

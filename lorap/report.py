@@ -2,18 +2,55 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorap.checkpoint.files import CALIBRATION
+from lorap.checkpoint.files import CALIBRATION, REPORT
 from lorap.config import CompressionConfig
 from lorap.data.calibration import Calibration
+from lorap.errors import UsageError
 from lorap.plan import Measurements, Plan
 from lorap.runtime import peak_memory, versions
 
 FORMAT_VERSION = 1
+
+
+def read_report(folder: Path, source: str) -> dict[str, Any]:
+    """Read the report of a folder.
+
+    Parameters
+    ----------
+    folder : Path
+    source : str
+        The folder as the user named it, for the error.
+
+    Raises
+    ------
+    UsageError
+        If there is none, or it is damaged or of another version.
+    """
+    file = folder / REPORT
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{source} holds no {REPORT}: expected a folder that lorap wrote"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{file}: not readable as a report: not readable as JSON: {error}"
+        ) from error
+    version = report.get("format_version") if isinstance(report, dict) else None
+    if version != FORMAT_VERSION:
+        raise UsageError(
+            f"{file}: not readable as a report: expected format_version {FORMAT_VERSION}, "
+            f"got {version!r}"
+        )
+    return dict(report)
 
 
 def make_report(

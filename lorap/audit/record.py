@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from lorap.checkpoint.files import CALIBRATION, REPORT, STATISTICS
-from lorap.checkpoint.reader import CheckpointReader
+from lorap.checkpoint.reader import CheckpointReader, read_tensors
 from lorap.config import CompressionConfig, Override
 from lorap.data.calibration import check_vocabulary, load_calibration
 from lorap.errors import UsageError
-from lorap.report import FORMAT_VERSION
+from lorap.report import read_report
 
 Array = NDArray[np.float64]
 
@@ -57,17 +55,7 @@ class Record:
             If a file is missing, damaged, or of another version.
         """
         file = stored.path / REPORT
-        if not file.is_file():
-            raise UsageError(
-                f"{stored.source} holds no {REPORT}: expected a folder that lorap wrote"
-            )
-        try:
-            report = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{file}: not readable as JSON: {error}") from error
-        version = report.get("format_version") if isinstance(report, dict) else None
-        if version != FORMAT_VERSION:
-            raise UsageError(f"{file}: expected format_version {FORMAT_VERSION}, got {version!r}")
+        report = read_report(stored.path, stored.source)
         if report.get("recovery") is not None:
             raise UsageError(
                 f"{stored.source} was recovered, and its weights trained: audit the compressed "
@@ -128,16 +116,9 @@ def read_arrays(file: Path) -> dict[str, NDArray[Any]]:
     UsageError
         If it is missing or damaged.
     """
-    try:
-        with safe_open(file, framework="np") as handle:
-            # Silenced because a handle of safetensors is no mapping and has no iterator.
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UsageError(
-            f"{file} is missing: expected a folder that `lorap compress` wrote"
-        ) from None
-    except (OSError, SafetensorError, TypeError) as error:
-        raise UsageError(f"{file}: not readable as safetensors: {error}") from error
+    if not file.is_file():
+        raise UsageError(f"{file} is missing: expected a folder that `lorap compress` wrote")
+    return {name: tensor.numpy() for name, tensor in read_tensors(file).items()}
 
 
 def calibration_ids(

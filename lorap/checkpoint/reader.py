@@ -13,7 +13,8 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lorap.checkpoint.files import (
@@ -336,7 +337,7 @@ def open_compressed(folder: str | Path, *, complete: bool = False) -> Checkpoint
     file = path / CONFIG
     if not file.is_file():
         raise UsageError(f"{folder}: expected the folder of a compressed model: no config.json")
-    values = _read_json(file)
+    values = read_json(file)
     multimodal = values.get("model_type") in MULTIMODAL
     model_type = (values.get("text_config") or {} if multimodal else values).get("model_type")
     families = {family.compressed_type: family for family in FAMILIES.values()}
@@ -425,7 +426,7 @@ def _find_config(model: str | Path, revision: str | None) -> tuple[Path, Pretrai
     file = path / CONFIG
     if not file.is_file():
         raise UsageError(f"{model} is not a model folder: it holds no config.json")
-    values = _read_json(file)
+    values = read_json(file)
     family_of(values)
     try:
         config = AutoConfig.from_pretrained(path)
@@ -492,7 +493,14 @@ def _download(
     return Path(folder)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read, or holds none.
+    """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -500,6 +508,20 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{file}: expected a JSON object, got {type(values).__name__}")
     return values
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{file}: not readable as safetensors: {error}") from error
 
 
 def _stored_tensors(path: Path, source: str, allow_bin: bool) -> dict[str, _Entry]:
@@ -523,7 +545,7 @@ def _stored_tensors(path: Path, source: str, allow_bin: bool) -> dict[str, _Entr
 
 
 def _indexed(path: Path, index: str) -> dict[str, _Entry]:
-    weight_map = _read_json(path / index).get("weight_map")
+    weight_map = read_json(path / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{path / index}: expected a weight_map from tensors to files")
     headers: dict[str, dict[str, _Entry]] = {}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorap.checkpoint.reader import CheckpointReader
+from lorap.checkpoint.reader import CheckpointReader, read_json, read_tensors
 from lorap.errors import UsageError
 from lorap.ops.lora import scaling
 
@@ -157,11 +155,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         raise UsageError(f"{path}: expected the folder of an adapter: it holds no {CONFIG}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: not readable as JSON: {error}") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = read_json(file)
+    kind = config.get("peft_type")
     if kind != "LORA":
         raise UsageError(f"{file}: expected an adapter of the type LORA, got {kind}")
     for name, value in config.items():
@@ -182,11 +177,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     file = path / WEIGHTS
     if not file.is_file():
         raise UsageError(f"{path}: expected the folder of an adapter: it holds no {WEIGHTS}")
-    try:
-        with safe_open(file, framework="pt", device="cpu") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{file}: not a whole safetensors file: {error}") from error
+    tensors = read_tensors(file)
     if not tensors:
         raise UsageError(f"{file} holds no tensors")
     for name, tensor in tensors.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,16 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lorap import checks
 from lorap.checkpoint.card import model_card
 from lorap.checkpoint.files import CALIBRATION, REPORT, REPORT_PAGE, STATISTICS
-from lorap.checkpoint.reader import CheckpointReader, open_compressed
+from lorap.checkpoint.reader import CheckpointReader, open_compressed, read_tensors
 from lorap.checkpoint.writer import CheckpointWriter, check_output
 from lorap.data.calibration import Calibration, calibration_from_ids, load_calibration
-from lorap.errors import LorapError, UsageError
+from lorap.errors import UsageError
 from lorap.families import Family, LayerStructure
 from lorap.families.fused import join
 from lorap.ops.joint import split, stacked
@@ -37,11 +35,13 @@ from lorap.ops.lowrank import column_scale, retained_energy, weighted_error
 from lorap.pages.report_page import report_page
 from lorap.pipeline.activations import Kept
 from lorap.pipeline.forward import Decoder, Samples
+from lorap.pipeline.inspection import check_weight
 from lorap.pipeline.layers import run_compressed
 from lorap.pipeline.progress import Progress
 from lorap.pipeline.statistics import INPUT_OF, Collector, Wanted
 from lorap.recovery.adapter import Adapter, Update, Updates, open_adapter
 from lorap.recovery.record import check_complete, fingerprint, read_record
+from lorap.report import read_report
 from lorap.runtime import choose_device, choose_dtype, versions
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def merge_adapter(
     if reader.outer is not None:
         raise UsageError(f"{model} is a multimodal model: expected a language model")
     check_complete(reader)
-    report = _read_report(reader)
+    report = read_report(reader.path, reader.source)
     found = open_adapter(adapter, reader)
     record = read_record(found.path)
     if record is not None and record["model_fingerprint"] != fingerprint(reader):
@@ -206,7 +206,7 @@ def merge_adapter(
         writer.copy_side_files(reader.path)
         for name in (CALIBRATION, STATISTICS):
             if (reader.path / name).is_file():
-                writer.write_safetensors(name, load_file(reader.path / name))
+                writer.write_safetensors(name, read_tensors(reader.path / name))
         writer.write_json(REPORT, summary)
         writer.write_text(REPORT_PAGE, report_page(summary, name=Path(output).name))
         card = model_card(summary, name=Path(output).name, original=reader.path)
@@ -517,21 +517,7 @@ def _to(update: Update, device: torch.device) -> Update:
 
 def _check_finite(index: int, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise LorapError(f"layers.{index}.{name}: the merged weight holds NaN or inf")
-
-
-def _read_report(reader: CheckpointReader) -> dict[str, Any]:
-    file = reader.path / REPORT
-    if not file.is_file():
-        raise UsageError(f"{reader.source} holds no {REPORT}: expected a folder that lorap wrote")
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(report, dict):
-        raise UsageError(f"{file}: expected a JSON object, got {type(report).__name__}")
-    return report
+        check_weight(f"layers.{index}.{name}", tensor, "the merged weight")
 
 
 def _samples(
@@ -563,7 +549,7 @@ def _samples(
             f"{reader.source} holds no {CALIBRATION}: give the data for the statistics "
             "(--calibration)"
         )
-    ids = load_file(file)["input_ids"]
+    ids = read_tensors(file)["input_ids"]
     return calibration_from_ids(ids, source=str(said["source"]), **limits)
 
 
