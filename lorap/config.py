@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from lorap.checks import choice as _check_choice
-from lorap.checks import number as _number
-from lorap.checks import whole_number as _int
+from lorap import checks
 from lorap.errors import UsageError
 
 RatioScope = Literal["model", "layer"]
@@ -104,7 +102,7 @@ class Override:
         for name in ("rank", "width", "kv_heads"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _int(f"{where}: {name}", value, 1))
+                object.__setattr__(self, name, checks.whole_number(f"{where}: {name}", value, 1))
 
 
 class _NoEffectError(UsageError):
@@ -223,54 +221,54 @@ class CompressionConfig:
 
         if self.ratio is not None:
             store("ratio", _ratio(self.ratio, "ratio"))
-        _check_choice("ratio_scope", self.ratio_scope, get_args(RatioScope))
-        _check_choice("mha", self.mha, get_args(MhaMethod))
-        _check_choice("ffn", self.ffn, get_args(FfnMethod))
-        _check_choice("importance", self.importance, get_args(Importance))
+        checks.choice("ratio_scope", self.ratio_scope, get_args(RatioScope))
+        checks.choice("mha", self.mha, get_args(MhaMethod))
+        checks.choice("ffn", self.ffn, get_args(FfnMethod))
+        checks.choice("importance", self.importance, get_args(Importance))
         if type(self.joint_qk) is not bool:
             raise UsageError(f"joint_qk: expected true or false, got {self.joint_qk!r}")
         store("allocation", _allocation(self.allocation))
         for name in ("mgaa_alpha", "asvd_alpha"):
-            store(name, _number(name, getattr(self, name)))
+            store(name, checks.number(name, getattr(self, name)))
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: expected at least 0, got {getattr(self, name)!r}")
-        store("mgaa_floor", _number("mgaa_floor", self.mgaa_floor))
+        store("mgaa_floor", checks.number("mgaa_floor", self.mgaa_floor))
         if not 0 <= self.mgaa_floor <= 1:
             raise UsageError(f"mgaa_floor: expected a share from 0 to 1, got {self.mgaa_floor!r}")
-        store("least_important", _number("least_important", self.least_important))
+        store("least_important", checks.number("least_important", self.least_important))
         if not 0 <= self.least_important < 1:
             raise UsageError(
                 f"least_important: expected a share of at least 0 and below 1, "
                 f"got {self.least_important!r}"
             )
-        _check_choice("aggregation", self.aggregation, get_args(Aggregation))
-        _check_choice("selection", self.selection, get_args(Selection))
-        _check_choice("update", self.update, get_args(Update))
+        checks.choice("aggregation", self.aggregation, get_args(Aggregation))
+        checks.choice("selection", self.selection, get_args(Selection))
+        checks.choice("update", self.update, get_args(Update))
         if self.dense_target is not None:
-            store("dense_target", _number("dense_target", self.dense_target))
+            store("dense_target", checks.number("dense_target", self.dense_target))
             if not 0 <= self.dense_target <= 1:
                 raise UsageError(
                     f"dense_target: expected a share from 0 to 1, got {self.dense_target!r}"
                 )
-        store("ridge", _number("ridge", self.ridge))
+        store("ridge", checks.number("ridge", self.ridge))
         if not SMALLEST_RIDGE <= self.ridge <= 1:
             raise UsageError(
                 f"ridge: expected a share from {SMALLEST_RIDGE:g} to 1, got {self.ridge!r}"
             )
-        _check_choice("weighting", self.weighting, get_args(Weighting))
+        checks.choice("weighting", self.weighting, get_args(Weighting))
         store("sublayers", _sublayers(self.sublayers))
         if not self.sublayers or len(set(self.sublayers)) != len(self.sublayers):
             raise UsageError(f"sublayers: expected mha, ffn or both, got {list(self.sublayers)}")
         for sublayer in self.sublayers:
-            _check_choice("sublayers", sublayer, get_args(Sublayer))
+            checks.choice("sublayers", sublayer, get_args(Sublayer))
         for name, minimum in (("samples", 1), ("seqlen", 1), ("seed", 0)):
-            store(name, _int(name, getattr(self, name), minimum))
+            store(name, checks.whole_number(name, getattr(self, name), minimum))
         if self.batch_size is not None:
-            store("batch_size", _int("batch_size", self.batch_size, 1))
-        _check_choice("device", self.device, get_args(Device))
-        _check_choice("activations", self.activations, get_args(Activations))
+            store("batch_size", checks.whole_number("batch_size", self.batch_size, 1))
+        checks.choice("device", self.device, get_args(Device))
+        checks.choice("activations", self.activations, get_args(Activations))
         if self.dtype is not None:
-            _check_choice("dtype", self.dtype, get_args(DType))
+            checks.choice("dtype", self.dtype, get_args(DType))
         given: object = self.overrides
         if not isinstance(given, list | tuple):
             raise UsageError(f"overrides: expected a sequence of Override, got {_kind(given)}")
@@ -340,7 +338,7 @@ class CompressionConfig:
         UsageError
             If there is no such preset, or as for the class.
         """
-        _check_choice("preset", preset, get_args(Preset))
+        checks.choice("preset", preset, get_args(Preset))
         defaults = dict(PRESETS[preset])
         while True:
             try:
@@ -578,7 +576,7 @@ def _allocation(value: object) -> float | str:
         f"{', '.join(names)}"
     )
     try:
-        number = float(value) if isinstance(value, str) else _number("allocation", value)
+        number = float(value) if isinstance(value, str) else checks.number("allocation", value)
     except (UsageError, ValueError):
         raise UsageError(f"allocation: expected {expected}, got {value!r}") from None
     if not 1 / LARGEST_ALLOCATION <= number <= LARGEST_ALLOCATION:
@@ -587,7 +585,7 @@ def _allocation(value: object) -> float | str:
 
 
 def _ratio(value: object, where: str) -> float:
-    number = _number(where, value)
+    number = checks.number(where, value)
     if not 0 < number < 1:
         raise UsageError(
             f"{where}: expected a ratio above 0 and below 1, the share of parameters to remove, "

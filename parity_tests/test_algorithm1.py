@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorap.config import CompressionConfig, FfnMethod, MhaMethod
 from lorap.demo import MODEL
-from lorap.pipeline import compress
+from lorap.pipeline.in_memory import compress
 from lorap_reference import algorithm1, llama, mgaa, statistics
 from parity_tests import compare, llamas, rounding, steps, tolerances
 from parity_tests import strategies as own

@@ -15,6 +15,7 @@ from lorap.checkpoint.files import CALIBRATION, REPORT, STATISTICS
 from lorap.checkpoint.reader import CheckpointReader, read_tensors
 from lorap.config import CompressionConfig, Override
 from lorap.data.calibration import check_vocabulary, load_calibration
+from lorap.data.tokenizers import load_tokenizer
 from lorap.errors import UsageError
 from lorap.report import read_report
 
@@ -144,11 +145,9 @@ def calibration_ids(
         If the source, or the file of the ids, cannot be used.
     """
     if calibration is not None:
-        from transformers import AutoTokenizer
-
         chosen = load_calibration(
             calibration,
-            tokenizer=lambda: AutoTokenizer.from_pretrained(reader.path),
+            tokenizer=lambda: load_tokenizer(reader.path, "the calibration source"),
             vocab_size=reader.config.vocab_size,
             max_positions=reader.config.max_position_embeddings,
             samples=settings.samples,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorap.checkpoint.files import REPORT
 from lorap.config import CompressionConfig
 from lorap.evaluation import load_evaluation_chunks, perplexity
-from lorap.pipeline import compress_checkpoint
+from lorap.pipeline.on_disk import compress_checkpoint
 from lorap.pipeline.progress import Progress
 
 if TYPE_CHECKING:

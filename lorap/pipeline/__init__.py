@@ -4,8 +4,3 @@ One pass feeds each layer with the output of the compressed layers before it and
 (``layers``); where the allocation or the scores ask for it, another pass over the uncompressed
 model comes first (``measure``). ``in_memory`` and ``on_disk`` are the two ways in.
 """
-
-from lorap.pipeline.in_memory import compress
-from lorap.pipeline.on_disk import compress_checkpoint, plan_checkpoint
-
-__all__ = ["compress", "compress_checkpoint", "plan_checkpoint"]

@@ -14,7 +14,7 @@ from lorap.config import CompressionConfig
 from lorap.families.fused import join
 from lorap.pipeline.forward import Batch, Decoder
 from lorap.pipeline.stages import compress_by_stages_
-from lorap.pipeline.statistics import Collector
+from lorap.pipeline.statistics import collect
 from lorap.pipeline.streaming import read_ahead
 from lorap.pipeline.sublayers import LayerTensors, statistics_of, wanted_statistics
 from lorap.plan import Measurements, Plan
@@ -100,11 +100,7 @@ def compress_layers(
             )
             if wanted:
                 dense = decoder.build(dense_config, index, original)
-                with torch.no_grad(), Collector(dense, wanted) as collector:
-                    for batch in batches:
-                        collector.expect(batch)
-                        batch.run(dense, index)
-                layer.inputs = collector.statistics(index)
+                layer.inputs = collect(dense, wanted, batches, index)
                 del dense
             layer.compress_(layer_plan, f"layers.{index}")
         else:

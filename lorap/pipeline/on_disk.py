@@ -25,6 +25,7 @@ from lorap.checkpoint.reader import (
 from lorap.checkpoint.writer import CheckpointWriter, check_leftovers, check_output
 from lorap.config import CompressionConfig
 from lorap.data.calibration import Calibration, load_calibration
+from lorap.data.tokenizers import load_tokenizer
 from lorap.errors import UsageError
 from lorap.families import family_of
 from lorap.pages.report_page import report_page
@@ -39,7 +40,7 @@ from lorap.plan import Measurements, Plan, draft_plan, make_plan
 from lorap.runtime import choose_device, choose_dtype, versions
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig
 
 
 def compress_checkpoint(
@@ -380,7 +381,9 @@ def load_samples(
     """
     return load_calibration(
         calibration,
-        tokenizer=lambda: _load_tokenizer(fetch_tokenizer_files(model, revision=revision)),
+        tokenizer=lambda: load_tokenizer(
+            fetch_tokenizer_files(model, revision=revision), "the calibration source"
+        ),
         vocab_size=model_config.vocab_size,
         max_positions=model_config.max_position_embeddings,
         samples=config.samples,
@@ -413,16 +416,3 @@ def decoder_of(
 
 def _bytes_after(reader: CheckpointReader, plan: Plan) -> int:
     return int(reader.size_bytes * plan.parameters / plan.parameters_before)
-
-
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        # A damaged tokenizer raises errors of many types.
-        raise UsageError(
-            f"{path}: the calibration source is text, and the model's tokenizer cannot be "
-            f"loaded: {type(error).__name__}: {error}"
-        ) from error

@@ -13,12 +13,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lorap.errors import LorapError
 from lorap.families.fused import join
 from lorap.ops.regression import regressed_weight
 from lorap.ops.statistics import cross_moment
 from lorap.pipeline.forward import Batch, Decoder
-from lorap.pipeline.statistics import INPUT_OF, TAKEN, Input, InputStatistics, Statistic
+from lorap.pipeline.statistics import (
+    INPUT_OF,
+    Input,
+    InputStatistics,
+    Statistic,
+    add_to_,
+    check_input,
+)
 from lorap.pipeline.sublayers import LayerTensors, statistics_of
 
 if TYPE_CHECKING:
@@ -138,18 +144,11 @@ def _collect(
                 input_of(layer, name, batch, index, states)
                 for layer, states in zip(layers, hidden, strict=True)
             )
-            for statistic in wanted:
-                total = TAKEN[statistic](own, batch.mask)
-                sums[statistic] = sums[statistic] + total if statistic in sums else total
+            add_to_(sums, wanted, own, batch.mask)
             found = cross_moment(other, own, batch.mask)
             cross = found if cross is None else cross + found
     assert cross is not None
-    if not all(torch.isfinite(total).all() for total in (*sums.values(), cross)):
-        dtype = next(layers[0].parameters()).dtype
-        raise LorapError(
-            f"layers.{index}.{name}: its input holds NaN or inf; computed in {dtype}: a wider "
-            "--dtype may help"
-        )
+    check_input(layers[0], name, index, (*sums.values(), cross))
     return InputStatistics(sum(batch.tokens for batch in batches), sums), cross
 
 

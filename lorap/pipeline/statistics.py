@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -131,10 +131,8 @@ class Collector:
 
     def _listener(self, kind: Input) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            sums = self._sums[kind]
-            for statistic in self._wanted[kind].statistics:
-                total = TAKEN[statistic](inputs[0].detach(), self._mask)
-                sums[statistic] = sums[statistic] + total if statistic in sums else total
+            wanted = self._wanted[kind].statistics
+            add_to_(self._sums[kind], wanted, inputs[0].detach(), self._mask)
 
         return hook
 
@@ -152,10 +150,72 @@ class Collector:
             If an input is not finite.
         """
         for kind, taken in self._sums.items():
-            if not all(torch.isfinite(total).all() for total in taken.values()):
-                dtype = next(self._layer.parameters()).dtype
-                raise LorapError(
-                    f"layers.{index}.{self._wanted[kind].module}: its input holds NaN or inf; "
-                    f"computed in {dtype}: a wider --dtype may help"
-                )
+            check_input(self._layer, self._wanted[kind].module, index, taken.values())
         return {kind: InputStatistics(self._tokens, taken) for kind, taken in self._sums.items()}
+
+
+def collect(
+    layer: nn.Module, wanted: Mapping[Input, Wanted], batches: Sequence[Batch], index: int
+) -> dict[Input, InputStatistics]:
+    """Run a layer over the batches, which stay where they are, and take statistics.
+
+    Parameters
+    ----------
+    layer : Module
+        Decoder layer `index`.
+    wanted : mapping
+    batches : sequence of Batch
+    index : int
+
+    Raises
+    ------
+    LorapError
+        If an input is not finite.
+    """
+    with torch.no_grad(), Collector(layer, wanted) as collector:
+        for batch in batches:
+            collector.expect(batch)
+            batch.run(layer, index)
+    return collector.statistics(index)
+
+
+def add_to_(
+    sums: dict[Statistic, Tensor],
+    wanted: Iterable[Statistic],
+    inputs: Tensor,
+    mask: Tensor | None,
+) -> None:
+    """Add statistics of further inputs.
+
+    Parameters
+    ----------
+    sums : dict
+        What was taken so far.
+    wanted : iterable of str
+    inputs : (batch, L, d_in)
+    mask : (batch, L) Tensor or None
+        Nonzero where a token counts.
+    """
+    for statistic in wanted:
+        total = TAKEN[statistic](inputs, mask)
+        sums[statistic] = sums[statistic] + total if statistic in sums else total
+
+
+def check_input(layer: nn.Module, module: str, index: int, totals: Iterable[Tensor]) -> None:
+    """Raise LorapError where what was summed over an input is not finite.
+
+    Parameters
+    ----------
+    layer : Module
+        Decoder layer `index`.
+    module : str
+        The module of the layer that has the input.
+    index : int
+    totals : iterable of Tensor
+    """
+    if not all(torch.isfinite(total).all() for total in totals):
+        dtype = next(layer.parameters()).dtype
+        raise LorapError(
+            f"layers.{index}.{module}: its input holds NaN or inf; computed in {dtype}: a wider "
+            "--dtype may help"
+        )

@@ -98,6 +98,8 @@ class LayerTensors:
         Scores of channels (``ffn``) or heads (``mha``) that were found beforehand.
     report : dict
         What there is to say of each module, by name.
+    dtypes : dict
+        What the weights of a linear are stored in, by its name, where ``replace_`` gave it others.
     """
 
     family: Family

@@ -19,6 +19,7 @@ from lorap.checkpoint.files import CALIBRATION, REPORT, REPORT_PAGE, STATISTICS
 from lorap.checkpoint.reader import CheckpointReader, open_compressed, read_tensors
 from lorap.checkpoint.writer import CheckpointWriter, check_output
 from lorap.data.calibration import Calibration, calibration_from_ids, load_calibration
+from lorap.data.tokenizers import load_tokenizer
 from lorap.errors import UsageError
 from lorap.families import Family, LayerStructure
 from lorap.families.fused import join
@@ -38,7 +39,7 @@ from lorap.pipeline.forward import Decoder, Samples
 from lorap.pipeline.inspection import check_weight
 from lorap.pipeline.layers import run_compressed
 from lorap.pipeline.progress import Progress
-from lorap.pipeline.statistics import INPUT_OF, Collector, Wanted
+from lorap.pipeline.statistics import INPUT_OF, Wanted, collect
 from lorap.recovery.adapter import Adapter, Update, Updates, open_adapter
 from lorap.recovery.record import check_complete, fingerprint, read_record
 from lorap.report import read_report
@@ -401,11 +402,7 @@ def merge_to_size(
         inputs = {}
         if wanted:
             layer = decoder.build(exact_config, index, exact_layer(family, plan, original, updates))
-            with torch.no_grad(), Collector(layer, wanted) as collector:
-                for batch in batches:
-                    collector.expect(batch)
-                    batch.run(layer, index)
-            inputs = collector.statistics(index)
+            inputs = collect(layer, wanted, batches, index)
             del layer
         tensors, said = add_updates(original, updates), {}
         for group, kind in kinds.items():
@@ -524,8 +521,6 @@ def _samples(
     reader: CheckpointReader, report: Mapping[str, Any], source: str | None, field: str | None
 ) -> Calibration:
     """Return the samples to take the statistics on."""
-    from lorap.recovery.training import load_tokenizer
-
     said = report["calibration"]
     limits: dict[str, Any] = {
         "vocab_size": reader.config.vocab_size,

@@ -13,6 +13,7 @@ import torch
 
 from lorap.checkpoint.reader import CheckpointReader, open_compressed
 from lorap.checkpoint.writer import check_output
+from lorap.data.tokenizers import load_tokenizer
 from lorap.errors import Interrupted, LorapError, UsageError
 from lorap.pipeline.progress import Progress
 from lorap.recovery import curve
@@ -32,7 +33,7 @@ from lorap.recovery.settings import RecoveryConfig, schedule
 from lorap.runtime import choose_device, peak_memory, versions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, Trainer
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """What PEFT needs of an adapter."""
@@ -210,26 +211,6 @@ def training_dtype(config: RecoveryConfig, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a compressed model.
-
-    Raises
-    ------
-    UsageError
-        If there is none, or it is damaged.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        # A damaged tokenizer raises errors of many types.
-        raise UsageError(
-            f"{folder}: the data is text, and the model's tokenizer cannot be loaded: "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 def load_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
