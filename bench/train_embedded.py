@@ -14,7 +14,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def documents(seed: int, taken: frozenset[str]) -> Iterator[str]:
             yield SEPARATOR.join(texts)
 
 
-def train_tokenizer(seed: int) -> tokenizers.Tokenizer:
+def train_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
     """Train a byte-level BPE tokenizer of `VOCABULARY` entries that puts BOS in front of a text."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=UNK))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,7 +81,7 @@ def train_tokenizer(seed: int) -> tokenizers.Tokenizer:
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(seed, 4000), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A {BOS} $B",
@@ -262,7 +262,7 @@ def make(output: Path, steps: int, seed: int) -> dict[str, Any]:
     calibration = fresh_paragraphs(CALIBRATION_SEED, CALIBRATION_CHARACTERS, frozenset(heldout))
     for name, lines in (("heldout.txt", heldout), ("calibration.txt", calibration)):
         (output / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    tokenizer = train_tokenizer(seed)
+    tokenizer = train_tokenizer(corpus(seed, 4000))
     save_tokenizer(tokenizer, folder)
     rows = training_rows(
         tokenizer, seed, steps * ROWS_PER_STEP, frozenset(heldout) | frozenset(calibration)
