@@ -24,7 +24,7 @@ Selection = Literal["scores", "obs"]
 Update = Literal["none", "least-squares"]
 Aggregation = Literal["l1", "l2", "linf"]
 Weighting = Literal["eq7", "eq6"]
-MgaaAllocation = Literal["mgaa", "mgaa-between", "mgaa-within"]
+MeasuredAllocation = Literal["mgaa", "mgaa-between", "mgaa-within", "marginal"]
 Device = Literal["auto", "cpu", "cuda"]
 Activations = Literal["auto", "device", "cpu", "disk"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
@@ -39,6 +39,7 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
         "selection": "obs",
         "update": "least-squares",
         "dense_target": 0.5,
+        "allocation": "marginal",
     },
 }
 """Defaults that a preset puts in the place of the usual ones."""
@@ -131,14 +132,16 @@ class CompressionConfig:
         What becomes of the feed-forward blocks: fewer channels, or low-rank projections.
     joint_qk : bool
         Factor q and k together, with one right factor for both.
-    allocation : float or {"mgaa", "mgaa-between", "mgaa-within"}
+    allocation : float or {"mgaa", "mgaa-between", "mgaa-within", "marginal"}
         Parameters of v and o against those of q and k (Section 3.2), from 0.001 to 1000; or as
         MGAA has it: ratios by the similarity of a sub-layer's input and output (between), ranks
-        by a common retained energy (within), or both.
+        by a common retained energy (within), or both. Or ``marginal``: each module of the model
+        by the errors of its sizes, and by how much the model minds when it alone is approximated.
     mgaa_alpha : float
         How far MGAA's ratios spread, in standard deviations of the similarity; at least 0.
     mgaa_floor : float
-        Share of its even part that a sub-layer, and a matrix, keeps at least, from 0 to 1.
+        Share of its even part that a sub-layer, and a matrix, keeps at least, from 0 to 1; with
+        ``marginal`` every module.
     importance : {"activation", "magnitude", "taylor"}
         Score of a single weight, for channels and heads: its magnitude times the norm of its input
         (Eq. 1), its magnitude, or its magnitude times that of the loss's gradient.
@@ -193,7 +196,7 @@ class CompressionConfig:
     mha: MhaMethod = "awsvd"
     ffn: FfnMethod = "channels"
     joint_qk: bool = False
-    allocation: float | MgaaAllocation = 3.0
+    allocation: float | MeasuredAllocation = 3.0
     mgaa_alpha: float = 0.35
     mgaa_floor: float = 0.25
     importance: Importance = "activation"
@@ -288,16 +291,25 @@ class CompressionConfig:
         low_rank = methods & set(get_args(LowRankMethod))
         attention = "mha" in self.sublayers and self.mha != "heads"
         numeric = isinstance(self.allocation, float)
+        refitted = self.selection == "obs" and self.update == "least-squares"
+        has_curves = "heads" not in methods and ("channels" not in methods or refitted)
+        allocated = {
+            "marginal": (
+                has_curves,
+                "low rank, or channels by selection obs and update least-squares, in all sublayers",
+            ),
+            "mgaa-within": (bool(low_rank), "a low-rank method"),
+        }
         needed = {
             "mha": ("mha" in self.sublayers, "mha among the sublayers"),
             "ffn": ("ffn" in self.sublayers, "ffn among the sublayers"),
             "joint_qk": (attention, "low-rank attention"),
-            "allocation": (
-                attention if numeric else bool(low_rank) or self.measures_similarity,
-                "low-rank attention" if numeric else "a low-rank method",
+            "allocation": allocated.get(
+                str(self.allocation),
+                (attention or self.measures_similarity, "low-rank attention"),
             ),
             "mgaa_alpha": (self.measures_similarity, "allocation mgaa or mgaa-between"),
-            "mgaa_floor": (not numeric, "allocation mgaa, mgaa-between or mgaa-within"),
+            "mgaa_floor": (not numeric, "allocation mgaa, mgaa-between, mgaa-within or marginal"),
             "importance": (bool(scored), scores),
             "least_important": (bool(scored), scores),
             "aggregation": (bool(scored), scores),
@@ -366,6 +378,18 @@ class CompressionConfig:
         return tuple(s for s in self.sublayers if s not in self.pruned_sublayers)
 
     @property
+    def is_marginal(self) -> bool:
+        """Whether all sizes come from errors and sensitivities (``allocation`` marginal)."""
+        return self.allocation == "marginal"
+
+    @property
+    def spectrum_sublayers(self) -> tuple[Sublayer, ...]:
+        """Sub-layers whose matrices' spectra are measured."""
+        if not self.is_marginal:
+            return self.energy_sublayers
+        return tuple(s for s in self.sublayers if s not in self.pruned_sublayers)
+
+    @property
     def measures_gradients(self) -> bool:
         """Whether the gradient of the loss is asked for."""
         return self.importance == "taylor"
@@ -373,10 +397,15 @@ class CompressionConfig:
     @property
     def measures(self) -> bool:
         """Whether a pass over the uncompressed model comes before the plan."""
-        return self.measures_similarity or bool(self.energy_sublayers) or self.measures_gradients
+        return (
+            self.measures_similarity
+            or bool(self.energy_sublayers)
+            or self.measures_gradients
+            or self.is_marginal
+        )
 
     def without_measurements(self) -> CompressionConfig:
-        """Return the same with MGAA's allocation replaced by the default one."""
+        """Return the same with a measured allocation replaced by the default one."""
         if isinstance(self.allocation, float):
             return self
         return dataclasses.replace(
@@ -568,7 +597,7 @@ def _check_keys(where: str, content: Mapping[Any, Any], valid: Sequence[str]) ->
 
 def _allocation(value: object) -> float | str:
     """Return a weight of v and o against q and k, or the name of another way to allocate."""
-    names = get_args(MgaaAllocation)
+    names = get_args(MeasuredAllocation)
     if value in names:
         return str(value)
     expected = (

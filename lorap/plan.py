@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorap.config import CompressionConfig, Override, Sublayer
 from lorap.errors import UsageError
-from lorap.ops import budget, mgaa
+from lorap.ops import budget, marginal, mgaa
 
 if TYPE_CHECKING:
     import torch
@@ -200,12 +200,20 @@ class Measurements:
     spectra : mapping
         Singular values, descending, that the method of a module sees, float64 and on the CPU, by
         path (``layers.3.self_attn.q_proj``).
+    losses : mapping
+        What the removals of a block's channels cost one by one, all but the last, float64 and on
+        the CPU, by path.
+    divergences : mapping
+        Mean divergence of the predictions where a module alone has the size of ``probe_plan``, by
+        path.
     scores : mapping
         Scores of channels (``ffn``) and heads (``mha``) by gradients, by layer and sub-layer.
     """
 
     similarities: dict[tuple[int, Sublayer], float] = field(default_factory=dict)
     spectra: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    divergences: dict[str, float] = field(default_factory=dict)
     scores: dict[int, dict[Sublayer, Tensor]] = field(default_factory=dict)
 
     def similarities_of(self, layer: int) -> dict[str, float] | None:
@@ -230,8 +238,15 @@ class Measurements:
         for full, tensor in tensors.items():
             index, _, rest = full.removeprefix(f"{layers_path}.").partition(".")
             name, _, kind = rest.rpartition(".")
+            path = f"layers.{index}.{name}"
             if kind == "spectrum":
-                found.spectra[f"layers.{index}.{name}"] = tensor
+                found.spectra[path] = tensor
+                continue
+            if kind == "losses":
+                found.losses[path] = tensor
+                continue
+            if kind == "divergence":
+                found.divergences[path] = float(tensor)
                 continue
             sublayer: Sublayer = "mha" if name == "mha" else "ffn"
             if kind == "similarity":
@@ -244,7 +259,7 @@ class Measurements:
         """Return all that was measured as tensors, float64, under the names of the layers.
 
         ``{layers_path}.3.mha.similarity`` (a scalar), ``...3.self_attn.q_proj.spectrum``,
-        ``...3.ffn.scores``.
+        ``...3.mlp.losses``, ``...3.mlp.divergence`` (a scalar), ``...3.ffn.scores``.
 
         Parameters
         ----------
@@ -257,8 +272,17 @@ class Measurements:
         for (layer, sublayer), value in self.similarities.items():
             name = f"{layers_path}.{layer}.{sublayer}.similarity"
             named[name] = torch.tensor(value, dtype=torch.float64)
-        for path, values in self.spectra.items():
-            named[f"{layers_path}.{path.removeprefix('layers.')}.spectrum"] = values
+        of_modules = {
+            "spectrum": self.spectra,
+            "losses": self.losses,
+            "divergence": {
+                path: torch.tensor(value, dtype=torch.float64)
+                for path, value in self.divergences.items()
+            },
+        }
+        for kind, found in of_modules.items():
+            for path, values in found.items():
+                named[f"{layers_path}.{path.removeprefix('layers.')}.{kind}"] = values
         for layer, by_sublayer in self.scores.items():
             for sublayer, scores in by_sublayer.items():
                 named[f"{layers_path}.{layer}.{sublayer}.scores"] = scores
@@ -312,7 +336,7 @@ def make_plan(
         Its family.
     config : CompressionConfig
     measurements : Measurements, optional
-        Needed where ``config.allocation`` is one of MGAA's.
+        Needed where ``config.allocation`` is no number.
 
     Raises
     ------
@@ -322,7 +346,8 @@ def make_plan(
 
     Notes
     -----
-    SPEC: ``budget.layer-ratio``, ``budget.reachable``, ``budget.overrides``, ``mgaa.plan``.
+    SPEC: ``budget.layer-ratio``, ``budget.reachable``, ``budget.overrides``, ``mgaa.plan``,
+    ``marginal.plan``.
     """
     planner = _Planner(model_config, family, config, measurements)
     try:
@@ -350,6 +375,33 @@ def draft_plan(model_config: PretrainedConfig, family: Family, config: Compressi
         As ``make_plan``.
     """
     return make_plan(model_config, family, config.without_measurements())
+
+
+def probe_plan(model_config: PretrainedConfig, family: Family, config: CompressionConfig) -> Plan:
+    """Plan a size in the middle for every module that may get one by ``allocation`` marginal.
+
+    Parameters
+    ----------
+    model_config, family, config
+        As for ``make_plan``.
+
+    Returns
+    -------
+    Plan
+        For measuring how much the model minds, one module at a time. Modules that an override
+        fixes, and those of one size only, are dense in it.
+
+    Notes
+    -----
+    SPEC: ``marginal.sensitivity``.
+    """
+    planner = _Planner(model_config, family, config.without_measurements(), None)
+    sizes = {}
+    for module in planner.free:
+        count = _sizes_below_dense(module)
+        if count:
+            sizes[module.path] = _size_at(module, marginal.middle(count + 1), config)
+    return planner.plan(sizes)
 
 
 _Size = int | tuple[int, int]
@@ -453,6 +505,9 @@ class _Planner:
                 groups.setdefault((module.layer, module.sublayer, override), []).append(module)
 
         ratios = self._ratios_of_free(free_ratio)
+        if self.config.is_marginal and free_ratio is not None:
+            groups = {key: group for key, group in groups.items() if key[2] is not None}
+            sizes |= self._marginal_sizes(free_ratio)
         for (layer, sublayer, override), group in groups.items():
             if override is None:
                 sizes |= self._group_sizes(group, ratios[layer, sublayer])
@@ -490,6 +545,40 @@ class _Planner:
             [mgaa.highest_ratio(ratio, self.config.mgaa_floor)] * len(parameters),
         )
         return dict(zip(parameters, shares, strict=True))
+
+    def _marginal_sizes(self, ratio: float) -> dict[str, _Size]:
+        """Return the sizes, by path, of the free modules that ``marginal`` does not leave dense."""
+        config, known = self.config, self._measured()
+        even = _Planner(self.model_config, self.family, config.without_measurements(), None)
+        held = even.plan(even.sizes(ratio))
+        curves: dict[str, marginal.Curve] = {}
+        sensitivities: dict[str, float] = {}
+        floors: dict[str, int] = {}
+        budget_left = 0
+        for module in self.free:
+            path = module.path
+            if module.kind == "matrix":
+                curve = marginal.rank_curve(known.spectra[path], module.shape, module.new_bias)
+            else:
+                curve = marginal.channel_curve(known.losses[path], module.shape[1])
+            curves[path] = curve
+            sensitivities[path] = 0.0
+            if path in known.divergences:
+                error = curve[1][marginal.middle(len(curve[1]))]
+                sensitivities[path] = marginal.sensitivity(known.divergences[path], error)
+            floors[path] = int(config.mgaa_floor * ((1 - ratio) * module.compressible))
+            budget_left += held.layers[module.layer][module.name].parameters
+            budget_left -= module.fixed_parameters
+        places = marginal.marginal_sizes(curves, sensitivities, budget_left, floors)
+        if sum(curves[path][0][place] for path, place in places.items()) > budget_left:
+            raise _UnreachableError(
+                f"at a layer ratio of {ratio:.4f} the least that every module keeps is too much"
+            )
+        return {
+            module.path: _size_at(module, places[module.path], config)
+            for module in self.free
+            if places[module.path] < len(curves[module.path][0]) - 1
+        }
 
     def _measured(self) -> Measurements:
         if self.measurements is None:
@@ -537,7 +626,9 @@ class _Planner:
 
     def advice(self) -> str:
         """Say which ratio can be reached: the largest, rounded down to 4 decimals."""
-        if self.config.allocation in ("mgaa", "mgaa-between", "mgaa-within"):
+        if self.config.is_marginal:
+            return "a smaller ratio or mgaa_floor leaves room for each module"
+        if not isinstance(self.config.allocation, float):
             return "a smaller ratio or a larger mgaa_floor leaves each module more"
 
         def reachable(layer_ratio: float) -> bool:
@@ -740,6 +831,21 @@ _UNITS = {"channels": "channel", "heads": "key/value head"}
 
 def _held(module: _Module, rank: int | None) -> int:
     return module.compressible if rank is None else rank * sum(module.shape)
+
+
+def _sizes_below_dense(module: _Module) -> int:
+    """Number of ranks, or widths, that hold fewer parameters than the dense module."""
+    if module.kind != "matrix":
+        return module.shape[0] - 1
+    below = (module.compressible - module.new_bias - 1) // sum(module.shape)
+    return max(0, min(below, *module.shape))
+
+
+def _size_at(module: _Module, place: int, config: CompressionConfig) -> _Size:
+    """Return the size at a place of a module's curve."""
+    if module.kind == "matrix":
+        return place + 1
+    return _band_of_size(module.shape[0], place + 1, config)
 
 
 def _band_of_ratio(module: _Module, ratio: float, least_important: float) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The reference: every equation of LoRAP in NumPy and SciPy, float64, one function per equation.
 
 Written to be read beside the paper (arXiv 2404.09695) and SPEC.md; the paper's letters are kept.
-``mgaa`` belongs to another paper, with letters of its own.
+``mgaa`` belongs to another paper, with letters of its own; ``marginal`` to none.
 ``lorap``, the torch path, shares no code with it: the two meet only in ``parity_tests``.
 """
 
@@ -15,6 +15,7 @@ from . import (
     llama,
     lora,
     lowrank,
+    marginal,
     mgaa,
     pca,
     pruning,
@@ -33,6 +34,7 @@ __all__ = [
     "llama",
     "lora",
     "lowrank",
+    "marginal",
     "mgaa",
     "pca",
     "pruning",

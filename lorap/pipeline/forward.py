@@ -24,6 +24,19 @@ TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
 many as keep it busy."""
 
 
+PROBES = 16
+"""Samples, the first ones, that tell how much the model minds (SPEC: ``marginal.measure``)."""
+
+
+def probe_streams(config: CompressionConfig, layers: int) -> int:
+    """Return through how many models the probes are run at most: one for each module."""
+    if not config.is_marginal:
+        return 0
+    attention = 4 - config.joint_qk if "mha" in config.sublayers else 0
+    ffn = (1 if config.ffn == "channels" else 3) if "ffn" in config.sublayers else 0
+    return layers * (attention + ffn)
+
+
 class Batch:
     """Some calibration samples on their way through the model.
 
@@ -238,7 +251,8 @@ class Decoder:
         samples : Samples
         config : CompressionConfig, optional
             Its ``activations``, by default "auto"; a gradient needs the inputs of all layers at a
-            time, a target that the uncompressed model has part in those of two models.
+            time, a target that the uncompressed model has part in those of two models, a marginal
+            allocation those of the probes in all of their models.
         folder : Path, optional
             For files; by default the system's folder of temporary ones.
         """
@@ -247,9 +261,13 @@ class Decoder:
             states = 4
         if config is not None and config.measures_gradients:
             states = max(states, self.layers + 2)
-        size = samples.input_ids.numel() * self.config.hidden_size * self.dtype.itemsize
+        probed = 0
+        if config is not None and config.is_marginal:
+            probed = (probe_streams(config, self.layers) + 1) * samples.input_ids[:PROBES].numel()
+        tokens = states * samples.input_ids.numel() + probed
+        size = tokens * self.config.hidden_size * self.dtype.itemsize
         wanted = "auto" if config is None else config.activations
-        place = choose_place(wanted, states * size, self.device)
+        place = choose_place(wanted, size, self.device)
         return Store(place, self.device, folder)
 
     def embed(self, samples: Samples, store: Store, *, dense: bool = False) -> list[Batch]:
@@ -298,6 +316,46 @@ class Decoder:
         model.tie_weights()
         make_buffers_(model.base_model, self.device)
         return model.train(False).requires_grad_(False), layers
+
+
+class Head:
+    """What comes behind a model's layers, in its own forward: the last norm, the head, and caps.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._model, _ = decoder.without_layers()
+        self._norm = self._model.base_model.norm = _NormOf(self._model.base_model.norm)
+
+    def logits(self, ids: Tensor, mask: Tensor | None, hidden: Tensor) -> Tensor:
+        """Return the logits ``(batch, L, vocabulary)`` of the last layer's output.
+
+        Parameters
+        ----------
+        ids : (batch, L)
+        mask : (batch, L) or None
+        hidden : (batch, L, hidden)
+        """
+        self._norm.given = hidden
+        found: Tensor = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return found
+
+
+class _NormOf(nn.Module):
+    """The last norm of a model, applied to what is given in the place of the layers' output."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.given = torch.empty(0)
+
+    def forward(self, _: object) -> Tensor:
+        """Ignore what the stand-ins of the layers give."""
+        output: Tensor = self.norm(self.given)
+        return output
 
 
 class StandIn(nn.Module):

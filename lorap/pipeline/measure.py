@@ -1,7 +1,8 @@
-"""The pass over the uncompressed model: what MGAA's allocation and Taylor's scores depend on.
+"""The pass over the uncompressed model: what sizes and Taylor's scores depend on.
 
 One forward of each layer; for the gradient one forward and backward more, the layers taken from the
-last to the first. Never more than one layer's weights at a time.
+last to the first; for the marginal allocation the probes of :mod:`lorap.pipeline.probes` besides.
+Never more than one layer's weights at a time.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from lorap.ops.importance import group_scores, taylor_importance
 from lorap.ops.joint import stacked
 from lorap.ops.mgaa import cosine_sum
 from lorap.ops.precision import compute_dtype
+from lorap.ops.regression import removal_order
 from lorap.pipeline.activations import Kept, Store
 from lorap.pipeline.factors import STATISTICS, factorise
-from lorap.pipeline.forward import Batch, Decoder, Samples, targets_of
+from lorap.pipeline.forward import Batch, Decoder, Head, Samples, targets_of
+from lorap.pipeline.probes import Probes
 from lorap.pipeline.progress import Steps
 from lorap.pipeline.statistics import INPUT_OF, Collector, Input, InputStatistics, Statistic, Wanted
 from lorap.pipeline.streaming import read_ahead
@@ -98,7 +101,7 @@ def measure(
 
     Notes
     -----
-    SPEC: ``mgaa.measure``, ``algorithm.scores``.
+    SPEC: ``mgaa.measure``, ``marginal.measure``, ``algorithm.scores``.
     """
     measured = Measurements()
     hidden: list[list[Kept]] = []
@@ -110,11 +113,16 @@ def measure(
             yield _Layer(index, module, original, draft.layers[index])
             advance()
 
+    probes = Probes(decoder, samples, store, config) if config.is_marginal else None
     batches = decoder.embed(samples, store)
     for layer in layers(range(decoder.layers)):
         if config.measures_gradients:
             hidden.append([batch.kept for batch in batches])
-        _measure_forward_(measured, layer, decoder, config, batches)
+        inputs = _measure_forward_(measured, layer, decoder, config, batches)
+        if probes is not None:
+            probes.advance_(layer.module, layer.index, layer.original, inputs)
+    if probes is not None:
+        measured.divergences.update(probes.divergences())
     if config.measures_gradients:
         gradients, targets = _head_gradients(decoder, samples, batches, store)
         for layer in layers(range(decoder.layers)[::-1]):
@@ -198,14 +206,14 @@ def _measure_forward_(
     decoder: Decoder,
     config: CompressionConfig,
     batches: Sequence[Batch],
-) -> None:
-    """Run a layer over the batches, and add its similarities and spectra to what was measured."""
+) -> dict[Input, InputStatistics]:
+    """Run a layer over the batches, and add what it tells to what was measured."""
     family = decoder.family
 
-    def statistics_of(module: ModulePlan, _: str) -> frozenset[Statistic]:
-        if module.sublayer in config.energy_sublayers:
+    def statistics_of(module: ModulePlan, role: str) -> frozenset[Statistic]:
+        if module.sublayer in config.spectrum_sublayers:
             return STATISTICS[low_rank_method(config, module.sublayer)]
-        return frozenset()
+        return frozenset({"moment"} if config.is_marginal and role == "down" else ())
 
     wanted = wanted_statistics(family, layer.plan, statistics_of)
     inputs, similarities = observe(
@@ -216,25 +224,20 @@ def _measure_forward_(
     names = {**family.attention, **family.ffn}
     original = decoder.split(layer.original)
     for name, module in layer.plan.items():
-        if module.sublayer in config.energy_sublayers:
+        path = f"layers.{layer.index}.{name}"
+        if module.untouched:
+            continue
+        if module.sublayer in config.spectrum_sublayers:
             parts = [original[f"{names[role]}.weight"] for role in module.roles]
             weight = parts[0] if len(parts) == 1 else stacked(parts)
             method = low_rank_method(config, module.sublayer)
             factors = factorise(weight, inputs.get(INPUT_OF[module.roles[0]]), 0, method, config)
-            measured.spectra[f"layers.{layer.index}.{name}"] = factors.singular_values.cpu()
-
-
-class _NormOf(nn.Module):
-    """The last norm of a model, applied to what is given in the place of the layers' output."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-        self.given = torch.empty(0)
-
-    def forward(self, _: object) -> Tensor:
-        output: Tensor = self.norm(self.given)
-        return output
+            measured.spectra[path] = factors.singular_values.cpu()
+        elif config.is_marginal:
+            down, moment = original[f"{names['down']}.weight"], inputs["down"].sums["moment"]
+            _, losses = removal_order(down, moment, module.units - 1, config.ridge)
+            measured.losses[path] = losses.cpu()
+    return inputs
 
 
 _IGNORED = -100
@@ -249,21 +252,20 @@ def _head_gradients(
     The loss is the SUM of the cross-entropies over all targets: the gradient of their mean would
     vanish in fp16.
     """
-    model, _ = decoder.without_layers()
-    norm = model.base_model.norm = _NormOf(model.base_model.norm)
+    head = Head(decoder)
     gradients, targets = [], 0
     for batch, (ids, mask) in zip(batches, samples.batches(decoder.device), strict=True):
         counts = targets_of(ids, mask)
         labels = ids[:, 1:].masked_fill(~counts, _IGNORED)
-        norm.given = batch.kept.load().detach().requires_grad_(True)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        given = batch.kept.load().detach().requires_grad_(True)
+        logits = head.logits(ids, mask, given)[:, :-1]
         loss = nn.functional.cross_entropy(
             logits.flatten(0, 1).to(compute_dtype(logits)),
             labels.flatten(),
             reduction="sum",
             ignore_index=_IGNORED,
         )
-        gradients.append(store.keep(torch.autograd.grad(loss, norm.given)[0]))
+        gradients.append(store.keep(torch.autograd.grad(loss, given)[0]))
         targets += int(counts.sum())
     return gradients, targets
 

@@ -1,0 +1,117 @@
+"""How much the model minds: a few samples run through it once for each module, which alone is small.
+
+The streams of all modules before a layer go through it together, so that a layer is built once for
+all of them; in the end the predictions are compared with the model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lorap.config import CompressionConfig
+from lorap.families.fused import join
+from lorap.ops.marginal import divergence_sum
+from lorap.pipeline.activations import Store
+from lorap.pipeline.forward import PROBES, Batch, Decoder, Head, Samples
+from lorap.pipeline.statistics import Input, InputStatistics
+from lorap.pipeline.sublayers import LayerTensors
+from lorap.plan import probe_plan
+
+if TYPE_CHECKING:
+    from lorap.families import LayerStructure
+
+class Probes:
+    """Samples on their way through the model and, for each module, through one that has it small.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    samples : Samples
+        The first ``PROBES`` are taken.
+    store : Store
+        Where the hidden states wait between layers.
+    config : CompressionConfig
+
+    Notes
+    -----
+    SPEC: ``marginal.measure``.
+    """
+
+    def __init__(
+        self, decoder: Decoder, samples: Samples, store: Store, config: CompressionConfig
+    ) -> None:
+        mask = None if samples.mask is None else samples.mask[:PROBES]
+        self._samples = Samples(samples.input_ids[:PROBES], mask, samples.batch_size)
+        self._decoder, self._config = decoder, config
+        self._plan = probe_plan(decoder.config, decoder.family, config)
+        self._own = decoder.embed(self._samples, store)
+        self._streams: dict[str, list[Batch]] = {}
+
+    def advance_(
+        self,
+        layer: nn.Module,
+        index: int,
+        original: Mapping[str, Tensor],
+        inputs: Mapping[Input, InputStatistics],
+    ) -> None:
+        """Run all streams through a layer, and begin those of its modules.
+
+        Parameters
+        ----------
+        layer : Module
+            Decoder layer `index` of the model.
+        index : int
+        original : mapping
+            Its tensors, names relative to it.
+        inputs : mapping
+            Statistics of its linears' inputs.
+
+        Raises
+        ------
+        LorapError
+            If activations are not finite; the message names the layer.
+        """
+        for stream in self._streams.values():
+            _run(layer, index, stream)
+        for name, module in self._plan.layers[index].items():
+            if module.kind == "dense":
+                continue
+            small = LayerTensors(
+                self._decoder.family, self._config, self._decoder.split(original), dict(inputs)
+            )
+            small.compress_({name: module}, f"layers.{index}")
+            structure: list[LayerStructure] = [{} for _ in self._plan.layers]
+            structure[index] = {name: module.structure()}
+            built = self._decoder.build(
+                self._decoder.compressed_config(structure),
+                index,
+                join(self._decoder.family, structure[index], small.tensors),
+            )
+            self._streams[f"layers.{index}.{name}"] = stream = [copy.copy(b) for b in self._own]
+            _run(built, index, stream)
+        _run(layer, index, self._own)
+
+    def divergences(self) -> dict[str, float]:
+        """Return by path of a module the mean divergence of the predictions, over the tokens."""
+        head = Head(self._decoder)
+        totals = dict.fromkeys(self._streams, 0.0)
+        with torch.no_grad():
+            forwards = self._samples.batches(self._decoder.device)
+            for number, (ids, mask) in enumerate(forwards):
+                expected = head.logits(ids, mask, self._own[number].kept.load())
+                for path, stream in self._streams.items():
+                    found = head.logits(ids, mask, stream[number].kept.load())
+                    totals[path] += divergence_sum(expected, found, mask)
+        tokens = sum(batch.tokens for batch in self._own)
+        return {path: total / tokens for path, total in totals.items()}
+
+
+def _run(layer: nn.Module, index: int, stream: list[Batch]) -> None:
+    with torch.no_grad():
+        for batch in stream:
+            batch.advance(batch.run(layer, index), index)
