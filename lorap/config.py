@@ -47,6 +47,9 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
 SMALLEST_RIDGE = 1e-6
 """Above what the rounding of a moment can take off an eigenvalue of the correlations."""
 
+DEFAULT_ALLOCATION = 3.0
+"""Parameters of v and o against those of q and k in the paper."""
+
 LARGEST_ALLOCATION = 1000.0
 """Bound of the allocation; its inverse is the other."""
 
@@ -196,7 +199,7 @@ class CompressionConfig:
     mha: MhaMethod = "awsvd"
     ffn: FfnMethod = "channels"
     joint_qk: bool = False
-    allocation: float | MeasuredAllocation = 3.0
+    allocation: float | MeasuredAllocation = DEFAULT_ALLOCATION
     mgaa_alpha: float = 0.35
     mgaa_floor: float = 0.25
     importance: Importance = "activation"
@@ -378,6 +381,13 @@ class CompressionConfig:
         return tuple(s for s in self.sublayers if s not in self.pruned_sublayers)
 
     @property
+    def even_allocation(self) -> float:
+        """Parameters of v and o against those of q and k, where ratios are even."""
+        if isinstance(self.allocation, float):
+            return self.allocation
+        return DEFAULT_ALLOCATION if self.is_marginal else 1.0
+
+    @property
     def is_marginal(self) -> bool:
         """Whether all sizes come from errors and sensitivities (``allocation`` marginal)."""
         return self.allocation == "marginal"
@@ -410,7 +420,7 @@ class CompressionConfig:
             return self
         return dataclasses.replace(
             self,
-            allocation=CompressionConfig.allocation,
+            allocation=DEFAULT_ALLOCATION,
             mgaa_alpha=CompressionConfig.mgaa_alpha,
             mgaa_floor=CompressionConfig.mgaa_floor,
         )

@@ -400,7 +400,7 @@ def probe_plan(model_config: PretrainedConfig, family: Family, config: Compressi
     for module in planner.free:
         count = _sizes_below_dense(module)
         if count:
-            sizes[module.path] = _size_at(module, marginal.middle(count + 1), config)
+            sizes[module.path] = _size_at(module, marginal.middle(count + 1))
     return planner.plan(sizes)
 
 
@@ -575,7 +575,7 @@ class _Planner:
                 f"at a layer ratio of {ratio:.4f} the least that every module keeps is too much"
             )
         return {
-            module.path: _size_at(module, places[module.path], config)
+            module.path: _size_at(module, places[module.path])
             for module in self.free
             if places[module.path] < len(curves[module.path][0]) - 1
         }
@@ -613,7 +613,7 @@ class _Planner:
             by_role = budget.ranks(
                 {role_of[path]: shape for path, shape in shapes.items()},
                 ratio,
-                config.allocation if isinstance(config.allocation, float) else 1.0,
+                config.even_allocation,
                 nested=config.ratio_scope == "layer",
             )
             ranks = {path: by_role[role] for path, role in role_of.items()}
@@ -841,11 +841,9 @@ def _sizes_below_dense(module: _Module) -> int:
     return max(0, min(below, *module.shape))
 
 
-def _size_at(module: _Module, place: int, config: CompressionConfig) -> _Size:
-    """Return the size at a place of a module's curve."""
-    if module.kind == "matrix":
-        return place + 1
-    return _band_of_size(module.shape[0], place + 1, config)
+def _size_at(module: _Module, place: int) -> _Size:
+    """Return the size at a place of a module's curve; of channels none is kept for being least."""
+    return place + 1 if module.kind == "matrix" else (0, module.shape[0] - place - 1)
 
 
 def _band_of_ratio(module: _Module, ratio: float, least_important: float) -> tuple[int, int]:

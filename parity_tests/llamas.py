@@ -76,10 +76,9 @@ def reference_shape(model: PreTrainedModel) -> llama.LlamaShape:
 def reference_settings(config: CompressionConfig, model: PreTrainedModel) -> algorithm1.Settings:
     """Return the settings of the reference: in model scope App. C.1 gives the layer ratio."""
     assert config.ratio is not None
-    numeric = isinstance(config.allocation, float)
     settings = algorithm1.Settings(
         layer_ratio=config.ratio,
-        a=config.allocation if isinstance(config.allocation, float) else 1,
+        a=config.even_allocation,
         least=config.least_important,
         nested=config.ratio_scope == "layer",
         aggregation=config.aggregation,
@@ -94,7 +93,8 @@ def reference_settings(config: CompressionConfig, model: PreTrainedModel) -> alg
         ridge=config.ridge,
         asvd_alpha=config.asvd_alpha,
         between=config.measures_similarity,
-        within=not numeric and config.allocation != "mgaa-between",
+        within=bool(config.energy_sublayers),
+        marginal=config.is_marginal,
         mgaa_alpha=config.mgaa_alpha,
         mgaa_floor=config.mgaa_floor,
     )

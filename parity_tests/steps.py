@@ -522,7 +522,7 @@ def steps_of(
     measurements are compared by ``check_measurements``.
     """
     sizes: Sequence[algorithm1.Sizes | None] = [None] * shape.layers
-    if settings.between or settings.within:
+    if settings.between or settings.within or settings.marginal:
         sizes = algorithm1.allocate(weights, shape, settings, our_measurements(run))
     gradients: Mapping[str, Array] = {}
     spreads: Mapping[str, Array] = {}
@@ -558,7 +558,20 @@ def our_measurements(run: Run) -> algorithm1.Measurements:
             found = run.measurements.spectra.get(f"layers.{index}.{name}")
             if found is not None:
                 spectra[index]["".join(module.roles)] = compare.as_array(found)
-    return algorithm1.Measurements(similarities, spectra)
+    losses = [
+        compare.as_array(run.measurements.losses[path])
+        for path in (f"layers.{index}.mlp" for index in range(len(run.plan.layers)))
+        if path in run.measurements.losses
+    ]
+    divergences: list[dict[str, float]] = [
+        {
+            "ffn" if name == "mlp" else "".join(module.roles): found
+            for name, module in layer.items()
+            if (found := run.measurements.divergences.get(f"layers.{index}.{name}")) is not None
+        }
+        for index, layer in enumerate(run.plan.layers)
+    ]
+    return algorithm1.Measurements(similarities, spectra, losses, divergences)
 
 
 def check_measurements(

@@ -754,6 +754,20 @@ def cosine_sum(tokens: int, features: int) -> float:
     return SECOND_ORDER * tokens * (2 * (features + 4) + tokens) * EPS64
 
 
+def divergence_sum(tokens: int, vocabulary: int, largest: float) -> float:
+    """Distance of two sums of divergences over `tokens` tokens, of logits of that magnitude.
+
+    Of v logits of at most z, those less the largest one err by ``z eps``, the logarithm of the sum
+    of their exponentials by ``(v + 2 z) eps`` and what a magnitude of at most ``2 z + log v`` is
+    rounded by; a logarithm of a probability by the sum of these, and the probability relatively by
+    as much. A term is a probability, all of them 1, times a difference of logarithms of at most
+    ``2 (2 z + log v)``. Adding up the v terms costs ``v eps / 2`` of the sum of their magnitudes,
+    adding up the tokens as much with n.
+    """
+    error = (vocabulary + 8 * (1 + largest) + tokens) * EPS64
+    return SECOND_ORDER * tokens * 8 * error * (1 + largest + np.log(max(vocabulary, 1)))
+
+
 def standard_scores(z: Array, deviation: float) -> Array:
     """Distance of standard scores of cosines from exact ones.
 

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import budget, gradient, heads, joint, llama, lowrank, mgaa, pca, statistics
+from . import budget, gradient, heads, joint, llama, lowrank, marginal, mgaa, pca, statistics
 from .importance import (
     Aggregation,
     group_scores,
@@ -29,6 +29,8 @@ Sublayer = Literal["mha", "ffn"]
 Stage = Literal["attention", "o", "ffn", "down"]
 
 SUBLAYERS: tuple[Sublayer, ...] = ("mha", "ffn")
+PROBES = 16
+"""Samples, the first ones, that tell how much the model minds (SPEC: ``marginal.measure``)."""
 MHA = {name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")}
 FFN = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 
@@ -81,7 +83,10 @@ class Settings:
     between, within : bool
         MGAA between the sub-layers and within them.
     mgaa_alpha, mgaa_floor : float
-        As in ``mgaa.sublayer_ratios``, ``mgaa.highest_ratio`` and ``mgaa.rank_floors``.
+        As in ``mgaa.sublayer_ratios``, ``mgaa.highest_ratio`` and ``mgaa.rank_floors``; the floor
+        also as in ``marginal_allocation``.
+    marginal : bool
+        All sizes by ``marginal_allocation``; needs low rank, or channels by ``obs``.
     """
 
     layer_ratio: float
@@ -103,6 +108,7 @@ class Settings:
     within: bool = False
     mgaa_alpha: float = 0.35
     mgaa_floor: float = 0.25
+    marginal: bool = False
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
@@ -647,7 +653,7 @@ def compress_by_stages(
 
 @dataclass(frozen=True)
 class Measurements:
-    """What MGAA has to know of the uncompressed model.
+    """What an allocation has to know of the uncompressed model.
 
     Attributes
     ----------
@@ -655,10 +661,17 @@ class Measurements:
         Eq. (12) of each sub-layer, by layer.
     spectra : list of dict
         Singular values by matrix, as the method weights it, by layer.
+    losses : list of arrays (d_m - 1,)
+        What the removals of channels cost one by one, by layer; empty where not asked for.
+    divergences : list of dict
+        By matrix, or ``ffn``, mean divergence of the model that has it alone at the middle of its
+        curve, by layer; empty where not asked for.
     """
 
     similarities: list[dict[Sublayer, float]]
     spectra: list[dict[str, Array]]
+    losses: list[Array] = field(default_factory=list)
+    divergences: list[dict[str, float]] = field(default_factory=list)
 
 
 def measure(
@@ -669,6 +682,8 @@ def measure(
 ) -> Measurements:
     """One forward of the uncompressed model: similarities and spectra of its sub-layers.
 
+    With ``marginal`` the losses of its channels too, and a forward of the probes for each module.
+
     Parameters
     ----------
     weights, shape, ids, settings
@@ -676,11 +691,13 @@ def measure(
 
     Notes
     -----
-    SPEC: ``mgaa.measure``.
+    SPEC: ``mgaa.measure``, ``marginal.measure``.
     """
     h = llama.embed(weights, ids)
     similarities: list[dict[Sublayer, float]] = []
     spectra: list[dict[str, Array]] = []
+    losses: list[Array] = []
+    divergences: list[dict[str, float]] = []
     for index in range(shape.layers):
         layer = llama.layer_weights(weights, index)
         trace = llama.layer_forward(layer, shape, h)
@@ -696,12 +713,106 @@ def measure(
         found: dict[str, Array] = {}
         for sublayer in settings.sublayers:
             method = settings.low_rank(sublayer)
-            if method is not None and settings.within:
+            if method is not None and (settings.within or settings.marginal):
                 for m, W in matrices(layer, sublayer, settings).items():
                     found[m] = factor(W, input_of(m, trace), 0, method, settings).S
         spectra.append(found)
+        if settings.marginal and settings.ffn == "channels":
+            W, C = layer[f"{FFN['down']}.weight"], statistics.second_moment(input_of("down", trace))
+            losses.append(removal_order(W, C, W.shape[1] - 1, settings.ridge)[1])
+        if settings.marginal:
+            divergences.append(probe(weights, shape, ids[:PROBES], index, trace, settings))
         h = trace.output
-    return Measurements(similarities, spectra)
+    return Measurements(similarities, spectra, losses, divergences)
+
+
+def probe(
+    weights: Mapping[str, Array],
+    shape: llama.LlamaShape,
+    ids: NDArray[np.int64],
+    index: int,
+    trace: llama.LayerTrace,
+    settings: Settings,
+) -> dict[str, float]:
+    """How much the model minds when one matrix of a layer, or its FFN, alone is made small.
+
+    Parameters
+    ----------
+    weights, shape, settings
+        As for ``compress``.
+    ids : (N, L)
+        The probes.
+    index : int
+        Of the layer.
+    trace : llama.LayerTrace
+        Its forward over all calibration samples.
+
+    Returns
+    -------
+    dict
+        By matrix, or ``ffn``; without those that have one size only.
+
+    Notes
+    -----
+    SPEC: ``marginal.measure``, ``marginal.sensitivity``.
+    """
+    layer = llama.layer_weights(weights, index)
+    Z = llama.logits(weights, shape, ids)
+    found: dict[str, float] = {}
+    for m, curve in sizes_of(layer, settings).items():
+        if len(curve) == 1:
+            continue
+        at = marginal.middle(len(curve))
+        sublayer: Sublayer = "ffn" if m == "ffn" or m in FFN else "mha"
+        if m == "ffn":
+            new, _, _ = compress_ffn(layer, trace, (0, len(curve) - 1 - at), settings)
+        else:
+            others = dict.fromkeys(matrices(layer, sublayer, settings))
+            sizes = Sizes({**others, m: at + 1})
+            new = factor_matrices(layer, trace, sublayer, sizes, settings)
+        names = tuple((MHA if sublayer == "mha" else FFN).values())
+        prefix = f"model.layers.{index}."
+        small = {
+            name: value
+            for name, value in weights.items()
+            if not name.removeprefix(prefix).startswith(names)
+        }
+        small |= {f"{prefix}{name}": value for name, value in new.items()}
+        Z_hat = llama.logits(small, shape, ids)
+        tokens = (z.reshape(-1, z.shape[-1]) for z in (Z, Z_hat))
+        found[m] = marginal.divergence_sum(*tokens) / ids.size
+    return found
+
+
+def sizes_of(layer: Mapping[str, Array], settings: Settings) -> dict[str, list[int]]:
+    """Parameters of all sizes of a layer's matrices, and of its FFN where that loses channels.
+
+    Parameters
+    ----------
+    layer : mapping
+        Weights of the layer, names relative to it.
+    settings : Settings
+
+    Returns
+    -------
+    dict
+        By matrix, or ``ffn``; the parameters as on their curves.
+    """
+    sizes: dict[str, list[int]] = {}
+    for sublayer in settings.sublayers:
+        method = settings.low_rank(sublayer)
+        if method is None:
+            W = layer[f"{FFN['down']}.weight"]
+            of_channel = compressible(layer, sublayer, settings) // W.shape[1]
+            sizes["ffn"] = marginal.channel_curve(np.zeros(W.shape[1] - 1), of_channel)[0]
+            continue
+        for m, W in matrices(layer, sublayer, settings).items():
+            own = [layer.get(f"{(MHA | FFN)[part]}.bias") for part in (m if m == "qk" else [m])]
+            new_bias = W.shape[0] - sum(b.size for b in own if b is not None)
+            bias = new_bias if method == "afm" else 0
+            S = np.zeros(min(W.shape))
+            sizes[m] = marginal.rank_curve(S, (W.shape[0], W.shape[1]), bias)[0]
+    return sizes
 
 
 def allocate(
@@ -710,7 +821,7 @@ def allocate(
     settings: Settings,
     measured: Measurements,
 ) -> list[Sizes]:
-    """MGAA: sizes of all layers, by the similarities (between) and the spectra (within).
+    """Sizes of all layers: MGAA's, by similarities (between) and spectra (within), or marginal.
 
     Parameters
     ----------
@@ -727,6 +838,8 @@ def allocate(
     -----
     SPEC: ``mgaa.plan``.
     """
+    if settings.marginal:
+        return marginal_allocation(weights, shape, settings, measured)
     layers = [llama.layer_weights(weights, index) for index in range(shape.layers)]
     keys = [(index, sublayer) for index in range(shape.layers) for sublayer in settings.sublayers]
     p = dict.fromkeys(keys, settings.layer_ratio)
@@ -755,6 +868,64 @@ def allocate(
         )
         for index, layer in enumerate(layers)
     ]
+
+
+def marginal_allocation(
+    weights: Mapping[str, Array],
+    shape: llama.LlamaShape,
+    settings: Settings,
+    measured: Measurements,
+) -> list[Sizes]:
+    """Sizes of all layers by what a parameter is worth, of as many as even ratios would keep.
+
+    Parameters
+    ----------
+    weights, shape, settings, measured
+        As for ``allocate``.
+
+    Notes
+    -----
+    SPEC: ``marginal.plan``.
+    """
+    curves: dict[str, marginal.Curve] = {}
+    sensitivities: dict[str, float] = {}
+    floors: dict[str, int] = {}
+    budget_left = 0
+    for index in range(shape.layers):
+        layer = llama.layer_weights(weights, index)
+        even = layer_sizes(layer, shape, settings)
+        for m, held in sizes_of(layer, settings).items():
+            name = f"{index}.{m}"
+            if m == "ffn":
+                assert even.channels is not None
+                low, high = even.channels
+                at = len(held) - 1 - (high - low)
+                errors = marginal.channel_curve(measured.losses[index], 1)[1]
+            else:
+                r, S = even.ranks[m], measured.spectra[index][m]
+                at = len(held) - 1 if r is None else r - 1
+                W = matrices(layer, "ffn" if m in FFN else "mha", settings)[m]
+                bias = held[0] - sum(W.shape) if len(held) > 1 else 0
+                errors = marginal.rank_curve(S, (W.shape[0], W.shape[1]), bias)[1]
+            curves[name] = (held, errors)
+            error = errors[marginal.middle(len(held))]
+            divergence = measured.divergences[index].get(m, 0.0)
+            sensitivities[name] = marginal.sensitivity(divergence, error)
+            floors[name] = int(settings.mgaa_floor * ((1 - settings.layer_ratio) * held[-1]))
+            budget_left += held[at]
+    places = marginal.marginal_sizes(curves, sensitivities, budget_left, floors)
+    sizes = []
+    for index in range(shape.layers):
+        ranks: dict[str, int | None] = {}
+        channels = None
+        for m, held in sizes_of(llama.layer_weights(weights, index), settings).items():
+            at = places[f"{index}.{m}"]
+            if m == "ffn":
+                channels = (0, len(held) - 1 - at)
+            else:
+                ranks[m] = None if at == len(held) - 1 else at + 1
+        sizes.append(Sizes(ranks, None, channels))
+    return sizes
 
 
 def compressible(layer: Mapping[str, Array], sublayer: Sublayer, settings: Settings) -> int:
@@ -812,7 +983,7 @@ def compress(
         if not name.startswith("model.layers.")
     }
     sizes: Sequence[Sizes | None] = [None] * shape.layers
-    if settings.between or settings.within:
+    if settings.between or settings.within or settings.marginal:
         sizes = allocate(weights, shape, settings, measure(weights, shape, ids, settings))
     gradients: Mapping[str, Array] = {}
     if settings.importance == "taylor":

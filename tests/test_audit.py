@@ -699,6 +699,25 @@ METHODS: dict[str, dict[str, Any]] = {
     "mgaa, asvd": {"allocation": "mgaa", "mha": "asvd", "ffn": "asvd", "ratio": 0.4},
     "mgaa, afm": {"allocation": "mgaa", "mha": "afm", "ffn": "afm", "ratio": 0.4},
     "mgaa, joint pca": {"allocation": "mgaa", "mha": "pca", "ffn": "pca", "joint_qk": True},
+    "marginal": {
+        "allocation": "marginal",
+        "mha": "pca",
+        "selection": "obs",
+        "update": "least-squares",
+        "dense_target": 0.5,
+    },
+    "marginal, low rank": {
+        "allocation": "marginal",
+        "joint_qk": True,
+        "ffn": "afm",
+        "mgaa_floor": 0.1,
+        "overrides": (
+            Override("layers.0.self_attn.o_proj", rank=7),
+            Override("layers.1.mlp.*", ratio=0.4),
+            Override("layers.2.mlp.up_proj", skip=True),
+        ),
+    },
+    "marginal, svd and asvd": {"allocation": "marginal", "mha": "svd", "ffn": "asvd"},
     "mgaa, heads by taylor": {
         "allocation": "mgaa-between",
         "mha": "heads",
@@ -753,6 +772,8 @@ OTHER_IDS = {
     "mgaa-within, all low rank": ("layers.2.mlp.gate_proj.spectrum", "eigenvalues, norm"),
     "mgaa, svd": ("layers.2.ffn.similarity", "similarity"),
     "mgaa, asvd": ("layers.1.self_attn.k_proj.spectrum", "singular values, rms"),
+    "marginal": ("layers.0.mlp.losses", "losses of removals, rms"),
+    "marginal, low rank": ("layers.1.self_attn.v_proj.divergence", "divergence"),
 }
 """What finds that a checkpoint was made from other ids; None where its weights use none."""
 
@@ -978,6 +999,9 @@ def test_a_swapped_head_is_caught(method: str, tmp_path: Path) -> None:
         ("mgaa, svd", "layers.0.self_attn.q_proj.spectrum", 1.001),
         ("mgaa, asvd", "layers.0.mlp.up_proj.spectrum", 1.05),
         ("mgaa-within, all low rank", "layers.2.self_attn.o_proj.spectrum", 1.05),
+        ("marginal", "layers.1.mlp.losses", 1.01),
+        ("marginal", "layers.0.mlp.divergence", 1.01),
+        ("marginal, svd and asvd", "layers.2.self_attn.v_proj.divergence", 1.01),
     ],
 )
 def test_measurements_that_are_off_are_caught(

@@ -1,4 +1,8 @@
-"""What the plan was measured by, recomputed from the original: similarities and spectra."""
+"""What the plan was measured by, recomputed from the original: similarities, spectra, losses.
+
+The divergences of probes are in :mod:`lorap.audit.probes`, the gradients in
+:mod:`lorap.audit.gradients`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorap.audit.comparisons import EPS64, ROOM_LARGEST, ROOM_RMS, rms
+from lorap.audit.comparisons import EPS64, ROOM_LARGEST, ROOM_RMS, rms, within_noise
 from lorap.audit.context import Context, embedded
 from lorap.audit.factors import SVD_FACTOR, Outputs, outputs
 from lorap.audit.files import linear_name
@@ -18,6 +22,7 @@ from lorap.audit.gradients import audit_gradients
 from lorap.audit.inputs import (
     INPUT_OF,
     TOLD,
+    Input,
     Statistic,
     Sums,
     collect,
@@ -25,9 +30,10 @@ from lorap.audit.inputs import (
     low_rank_method,
     norms_of,
 )
+from lorap.audit.probes import Probes
 from lorap.audit.results import Check, ModuleAudit
 from lorap.audit.sizes import Module
-from lorap_reference import joint, lowrank, mgaa
+from lorap_reference import joint, lowrank, mgaa, regression
 
 Array = NDArray[np.float64]
 
@@ -45,20 +51,27 @@ def audit_measurements(
     context : Context
     ids : (N, L)
     chosen : sequence of int
-        Ascending. The layers after the last one are run for the gradient of the loss alone, which
-        also takes the residual stream before every layer into memory.
+        Ascending. The layers after the last one are run for the gradient of the loss, which also
+        takes the residual stream before every layer into memory, and for the probes alone.
     advance : callable
         Called after each layer.
     """
     reader, settings = context.reader, context.record.settings
     runs = embedded(context, ids)
     inputs: list[Pair[NDArray[Any]]] = []
+    probes = Probes(context, ids) if settings.is_marginal else None
     for index in layers_of(context, chosen):
         if settings.measures_gradients:
             inputs.append(Pair(runs.h.exact.copy(), runs.h.rounded.copy()))
         given = reader.load(f"{reader.family.layers_path}.{index}.")
-        yield from _audit_layer(context, runs, index, given, spectra=index in chosen)
+        if probes is None or index <= chosen[-1]:
+            sums, checked = _audit_layer(context, runs, index, given, spectra=index in chosen)
+            yield from checked
+        if probes is not None:
+            probes.advance(index, given, sums if index in chosen else None)
         advance()
+    if probes is not None:
+        yield from probes.audited()
     if settings.measures_gradients:
         yield from audit_gradients(context, runs, ids, inputs, chosen, advance)
 
@@ -68,7 +81,8 @@ def layers_of(context: Context, chosen: Sequence[int]) -> range:
     settings = context.record.settings
     if not settings.measures:
         return range(0)
-    return range(context.shape.layers if settings.measures_gradients else chosen[-1] + 1)
+    to_the_end = settings.measures_gradients or settings.is_marginal
+    return range(context.shape.layers if to_the_end else chosen[-1] + 1)
 
 
 def _audit_layer(
@@ -78,17 +92,29 @@ def _audit_layer(
     given: Mapping[str, Tensor],
     *,
     spectra: bool,
-) -> Iterator[ModuleAudit]:
-    """Run a layer of the original, and compare its similarities and, if asked for, spectra."""
+) -> tuple[dict[Input, Sums], list[ModuleAudit]]:
+    """Run a layer of the original, and compare its similarities and, if asked for, spectra.
+
+    Returns
+    -------
+    sums : dict
+        What is known of its inputs.
+    audits : list of ModuleAudit
+    """
+    audits = []
     settings, record = context.record.settings, context.record
     modules = [
         module
         for module in context.plan.layers[index].values()
-        if spectra and module.sublayer in settings.energy_sublayers
+        if spectra
+        and not module.untouched
+        and (settings.is_marginal or module.sublayer in settings.energy_sublayers)
     ]
 
-    def needs(module: Module, _: str) -> frozenset[Statistic]:
-        return TOLD[low_rank_method(settings, module.sublayer)]
+    def needs(module: Module, role: str) -> frozenset[Statistic]:
+        if module.unit == "matrix":
+            return TOLD[low_rank_method(settings, module.sublayer)]
+        return frozenset({"moment"} if role == "down" else ())
 
     cosines = Cosines()
     where = f"layers.{index}"
@@ -102,14 +128,40 @@ def _audit_layer(
             recorded = float(record.recorded(name, ()))
             bound = ROOM_LARGEST * noise + 4 * EPS64 * runs.h.exact.shape[-1]
             check = Check("similarity", abs(recorded - mean), bound)
-            yield ModuleAudit(name, "", (check,))
+            audits.append(ModuleAudit(name, "", (check,)))
     for module in modules:
+        if module.unit == "channels":
+            audits.append(_losses_audit(context, module, given, sums["down"]["moment"]))
+            continue
         kind = INPUT_OF[module.roles[0]]
         weights = [given[f"{linear_name(context.reader.family, m)}.weight"] for m in module.roles]
         W = joint.stacked([weight.double().numpy() for weight in weights])
         spectrum = record.recorded(f"{module.path}.spectrum", (min(module.shape),))
         checks = _spectrum_checks(context, module, W, sums.get(kind, {}), runs.tokens, spectrum)
-        yield ModuleAudit(f"{module.path}.spectrum", "", tuple(checks))
+        audits.append(ModuleAudit(f"{module.path}.spectrum", "", tuple(checks)))
+    return sums, audits
+
+
+def _losses_audit(
+    context: Context, module: Module, given: Mapping[str, Tensor], moment: Pair[Array]
+) -> ModuleAudit:
+    """Compare what the recorded removals of channels cost together, for every width."""
+    name = f"{linear_name(context.reader.family, 'down')}.weight"
+    W, ridge = given[name].double().numpy(), context.record.settings.ridge
+    exact, rounded = (
+        np.cumsum(regression.removal_order(W, C, W.shape[1] - 1, ridge)[1])
+        for C in (moment.exact, moment.rounded)
+    )
+    recorded = np.cumsum(context.record.recorded(f"{module.path}.losses", exact.shape))
+    # A loss below what the solver tells apart is compared with the largest.
+    unit = np.maximum(exact, 1e-12 * exact[-1]) if exact[-1] > 0 else np.ones_like(exact)
+    checks = within_noise(
+        "losses of removals",
+        np.abs(recorded - exact) / unit,
+        np.abs(rounded - exact) / unit,
+        context.compute.eps,
+    )
+    return ModuleAudit(f"{module.path}.losses", "", checks)
 
 
 class Cosines:

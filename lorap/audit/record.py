@@ -71,6 +71,13 @@ class Record:
         statistics = stored.path / STATISTICS
         return cls(report, settings, read_arrays(statistics), statistics, stored.family.layers_path)
 
+    def has(self, name: str) -> bool:
+        """Tell whether an array of that name is recorded."""
+        return self._full(name) in self.statistics
+
+    def _full(self, name: str) -> str:
+        return f"{self.layers_path}.{name.removeprefix('layers.')}"
+
     def recorded(self, name: str, shape: tuple[int, ...]) -> Array:
         """Return a recorded array.
 
@@ -85,7 +92,7 @@ class Record:
         UsageError
             If there is none of this shape, or it is not finite.
         """
-        full = f"{self.layers_path}.{name.removeprefix('layers.')}"
+        full = self._full(name)
         found = self.statistics.get(full)
         if found is None or found.shape != shape:
             raise UsageError(

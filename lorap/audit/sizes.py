@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lorap.audit.record import Record
 from lorap.checkpoint.reader import CheckpointReader
 from lorap.config import CompressionConfig, Override, Sublayer
-from lorap_reference import budget, mgaa
+from lorap_reference import budget, marginal, mgaa
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ Key = tuple[int, Sublayer]
 
 
 def make_plan(reader: CheckpointReader, record: Record) -> Plan:
-    """Plan what the recorded settings, similarities and spectra make of the original.
+    """Plan what the recorded settings and measurements make of the original.
 
     Parameters
     ----------
@@ -155,11 +155,11 @@ def make_plan(reader: CheckpointReader, record: Record) -> Plan:
     Raises
     ------
     UsageError
-        If a similarity or a spectrum that the settings ask for is not recorded.
+        If a measurement that the settings ask for is not recorded.
 
     Notes
     -----
-    By the rules ``budget.*`` and ``mgaa.*`` of SPEC.md.
+    By the rules ``budget.*``, ``mgaa.*`` and ``marginal.*`` of SPEC.md.
     """
     settings, total = record.settings, sum(prod(t.shape) for t in reader.tensors.values())
     count = int(reader.config.num_hidden_layers)
@@ -186,10 +186,15 @@ def make_plan(reader: CheckpointReader, record: Record) -> Plan:
         elif module.path in free_paths or (override is not None and override.ratio is not None):
             shared.setdefault(((module.layer, module.sublayer), override), []).append(module)
     ratios = {} if ratio is None else _ratios(free, ratio, record)
+    even: dict[str, Module] = {}
     for (key, override), group in shared.items():
         own = ratios[key] if override is None else override.ratio
         assert own is not None
-        sized |= {module.path: module for module in _shared_out(group, own, record)}
+        found = {module.path: module for module in _shared_out(group, own, record)}
+        sized |= found
+        even |= found if override is None else {}
+    if settings.is_marginal and ratio is not None:
+        sized |= {m.path: m for m in _by_worth(list(even.values()), ratio, record)}
 
     layers: list[dict[str, Module]] = [{} for _ in range(count)]
     for module in sized.values():
@@ -327,9 +332,46 @@ def _shared_out(group: Sequence[Module], ratio: float, record: Record) -> list[M
         }
         ranks = mgaa.common_energy_ranks(spectra, shapes, kept, floors)
     else:
-        a = settings.allocation if isinstance(settings.allocation, float) else 1.0
-        ranks = budget.ranks(shapes, ratio, a, settings.ratio_scope == "layer")
+        nested = settings.ratio_scope == "layer"
+        ranks = budget.ranks(shapes, ratio, settings.even_allocation, nested)
     return [replace(module, rank=ranks["".join(module.roles)]) for module in group]
+
+
+def curve(module: Module, record: Record) -> marginal.Curve:
+    """Return the recorded errors of a module's sizes (rule ``marginal.curve``)."""
+    units, per_unit = module.shape
+    if module.unit == "channels":
+        losses = record.recorded(f"{module.path}.losses", (units - 1,))
+        return marginal.channel_curve(losses, per_unit)
+    spectrum = record.recorded(f"{module.path}.spectrum", (min(module.shape),))
+    return marginal.rank_curve(spectrum, module.shape, module.gained)
+
+
+def at_place(module: Module, place: int, count: int) -> Module:
+    """Return a module with the size at a place of its curve of `count` sizes."""
+    if module.unit == "channels":
+        return replace(
+            module, rank=None, band=(0, count - 1 - place) if place < count - 1 else None
+        )
+    return replace(module, rank=place + 1 if place < count - 1 else None, band=None)
+
+
+def _by_worth(even: Sequence[Module], ratio: float, record: Record) -> list[Module]:
+    """Size the free modules by what a parameter is worth (rule ``marginal.plan``)."""
+    curves = {module.path: curve(module, record) for module in even}
+    sensitivities, floors = {}, {}
+    for module in even:
+        held, errors = curves[module.path]
+        sensitivities[module.path] = 0.0
+        if len(held) > 1:
+            divergence = float(record.recorded(f"{module.path}.divergence", ()))
+            error = errors[marginal.middle(len(held))]
+            sensitivities[module.path] = marginal.sensitivity(divergence, error)
+        floor = record.settings.mgaa_floor * ((1 - ratio) * module.compressible)
+        floors[module.path] = int(floor)
+    total = sum(module.compressible - module.removed for module in even)
+    places = marginal.marginal_sizes(curves, sensitivities, total, floors)
+    return [at_place(m, places[m.path], len(curves[m.path][0])) for m in even]
 
 
 def _banded(module: Module, band: tuple[int, int]) -> Module:

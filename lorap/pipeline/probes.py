@@ -1,4 +1,4 @@
-"""How much the model minds: a few samples run through it once for each module, which alone is small.
+"""How much the model minds: a few samples run through it once for each module, small by itself.
 
 The streams of all modules before a layer go through it together, so that a layer is built once for
 all of them; in the end the predictions are compared with the model's own.
@@ -24,6 +24,7 @@ from lorap.plan import probe_plan
 
 if TYPE_CHECKING:
     from lorap.families import LayerStructure
+
 
 class Probes:
     """Samples on their way through the model and, for each module, through one that has it small.
@@ -86,7 +87,7 @@ class Probes:
             )
             small.compress_({name: module}, f"layers.{index}")
             structure: list[LayerStructure] = [{} for _ in self._plan.layers]
-            structure[index] = {name: module.structure()}
+            structure[index] = {name: module.structure() or {}}
             built = self._decoder.build(
                 self._decoder.compressed_config(structure),
                 index,

@@ -1,0 +1,163 @@
+"""How much the model minds, recomputed: the probes run again, one module at a time made small."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorap.audit.comparisons import ROOM_LARGEST
+from lorap.audit.context import Context, embedded
+from lorap.audit.files import linear_name
+from lorap.audit.forward import Pair, Runs
+from lorap.audit.inputs import INPUT_OF, Input, Sums, low_rank_method, norms_of
+from lorap.audit.results import Check, ModuleAudit
+from lorap.audit.sizes import Module, at_place, curve
+from lorap_reference import joint, llama, lowrank, marginal, pca, regression
+from lorap_reference.algorithm1 import PROBES
+
+Array = NDArray[np.float64]
+
+
+class Probes:
+    """The probes on their way through the original, and through one with a small module for each.
+
+    Parameters
+    ----------
+    context : Context
+    ids : (N, L)
+        Calibration samples; the first ones are taken.
+    """
+
+    def __init__(self, context: Context, ids: NDArray[np.int64]) -> None:
+        self._context = context
+        self._tokens = ids.size
+        self._own = embedded(context, ids[:PROBES])
+        self._small: dict[str, Runs] = {}
+
+    def advance(
+        self, index: int, given: Mapping[str, Tensor], sums: Mapping[Input, Sums] | None
+    ) -> None:
+        """Run all probes through a layer of the original.
+
+        Parameters
+        ----------
+        index : int
+        given : mapping
+            Its tensors, names relative to it.
+        sums : mapping or None
+            What is known of its inputs; None where its own modules are not audited.
+        """
+        where = f"layers.{index} of the original"
+        for runs in self._small.values():
+            _run(runs, given, where)
+        if sums is not None:
+            for module in self._context.plan.layers[index].values():
+                # What a recipe fixes is not probed; the plan has missed all that has to be there.
+                if not self._context.record.has(f"{module.path}.divergence"):
+                    continue
+                count = len(curve(module, self._context.record)[0])
+                found = at_place(module, marginal.middle(count), count)
+                runs = copy.copy(self._own)
+                runs.h = Pair(self._own.h.exact.copy(), self._own.h.rounded.copy())
+                _run(runs, dict(given) | self._approximated(found, given, sums), where)
+                self._small[module.path] = runs
+        _run(self._own, given, where)
+
+    def audited(self) -> Iterator[ModuleAudit]:
+        """Compare the recorded divergences, by the noise of the probes' own ones.
+
+        The noise is how far rounding moves their mean, or would move it if it moved the tokens
+        independently.
+        """
+        own = self._logits(self._own)
+        for path, runs in self._small.items():
+            exact, rounded = (
+                _divergences(a, b) for a, b in zip(own, self._logits(runs), strict=True)
+            )
+            mean, moved = float(np.mean(exact)), rounded - exact
+            noise = np.hypot(np.mean(moved), np.sqrt(np.sum(moved**2)) / moved.size)
+            name = f"{path}.divergence"
+            recorded = float(self._context.record.recorded(name, ()))
+            bound = ROOM_LARGEST * (float(noise) + self._context.compute.eps / 8 * mean)
+            yield ModuleAudit(name, "", (Check("divergence", abs(recorded - mean), bound),))
+
+    def _approximated(
+        self, module: Module, given: Mapping[str, Tensor], sums: Mapping[Input, Sums]
+    ) -> dict[str, Tensor]:
+        """Return the dense tensors that do what a module does at its size."""
+        settings = self._context.record.settings
+        names = [linear_name(self._context.reader.family, role) for role in module.roles]
+        if module.band is not None:
+            name = f"{linear_name(self._context.reader.family, 'down')}.weight"
+            W, C = given[name].double().numpy(), sums["down"]["moment"].exact
+            order, _ = regression.removal_order(W, C, module.band[1], settings.ridge)
+            kept = np.setdiff1d(np.arange(W.shape[1]), order)
+            new = np.zeros_like(W)
+            new[:, kept] = regression.least_squares_update(W, C, kept, settings.ridge)
+            return {name: torch.from_numpy(new)}
+        assert module.rank is not None
+        parts = [given[f"{name}.weight"].double().numpy() for name in names]
+        known = sums.get(INPUT_OF[module.roles[0]], {})
+        L, R, bias = self._factors(module, joint.stacked(parts), known)
+        rows = [part.shape[0] for part in parts]
+        tensors = {}
+        for name, product in zip(names, joint.split(L @ R, rows), strict=True):
+            tensors[f"{name}.weight"] = torch.from_numpy(product)
+        if bias is not None:
+            for name, added in zip(names, joint.split(bias, rows), strict=True):
+                before = given.get(f"{name}.bias")
+                new = added if before is None else added + before.double().numpy()
+                tensors[f"{name}.bias"] = torch.from_numpy(new)
+        return tensors
+
+    def _factors(self, module: Module, W: Array, known: Sums) -> tuple[Array, Array, Array | None]:
+        settings, tokens = self._context.record.settings, self._tokens
+        method, r = low_rank_method(settings, module.sublayer), module.rank
+        assert r is not None
+        if method == "svd":
+            return (*lowrank.svd_low_rank(W, r)[:2], None)
+        if method == "pca":
+            return (*pca.pca(W, known["moment"].exact, r)[:2], None)
+        if method == "afm":
+            L, R, _, bias = pca.afm(W, known["moment"].exact, known["sum"].exact, tokens, r)
+            return L, R, bias
+        if method == "asvd":
+            sizes = known["magnitudes"].exact
+            scale = lowrank.magnitude_scale(sizes, tokens, settings.asvd_alpha)
+        else:
+            norms = norms_of(known)
+            assert norms is not None
+            scale = lowrank.column_scale(norms.exact, settings.weighting)
+        return (*lowrank.awsvd(W, scale, r)[:2], None)
+
+    def _logits(self, runs: Runs) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the logits of the probes, in both runs."""
+        reader, compute = self._context.reader, self._context.compute
+        family, eps = reader.family, self._context.shape.rms_eps
+        name = family.head if family.head in reader.tensors else family.embedding
+        head, gain = (
+            compute.weights(reader.load(n)) for n in (name, f"{family.base_prefix}norm.weight")
+        )
+        exact = llama.rms_norm(runs.h.exact, gain.exact[""], eps) @ head.exact[""].T
+        h = runs.h.rounded.astype(np.float32)
+        x = compute.norm(llama.rms_norm(h, gain.rounded[""].astype(np.float32), eps))
+        rounded = compute.round(x.astype(compute.work) @ head.rounded[""].T)
+        return exact, rounded
+
+
+def _run(runs: Runs, tensors: Mapping[str, Tensor], where: str) -> None:
+    for _ in runs.advance(tensors, where):
+        pass
+
+
+def _divergences(Z: NDArray[Any], Z_hat: NDArray[Any]) -> Array:
+    """Return the divergence of each token, ``(N * L,)``."""
+    tokens = (z.reshape(-1, 1, z.shape[-1]).astype(np.float64) for z in (Z, Z_hat))
+    pairs = zip(*tokens, strict=True)
+    return np.array([marginal.divergence_sum(z, z_hat) for z, z_hat in pairs])
