@@ -212,11 +212,12 @@ _JointQk = Annotated[
 _Allocation = Annotated[
     str | None,
     typer.Option(
-        metavar="NUMBER|mgaa|mgaa-between|mgaa-within",
+        metavar="NUMBER|mgaa|mgaa-between|mgaa-within|marginal",
         help="How the parameters are shared out. A number: those that the factors of v and o get "
         "for each one of q and k, from 0.001 to 1000. mgaa: measured on the calibration data, "
         "between sub-layers by the similarity of input and output, within them by a common "
-        "retained energy; or only one of the two.",
+        "retained energy; or only one of the two. marginal: measured too, over all modules of the "
+        "model by what a parameter is worth in each.",
         show_default="3",
     ),
 ]
@@ -230,7 +231,8 @@ _MgaaAlpha = Annotated[
 _MgaaFloor = Annotated[
     float | None,
     typer.Option(
-        help="mgaa: share of its even part that a sub-layer, and a matrix in it, keeps at least.",
+        help="mgaa: share of its even part that a sub-layer, and a matrix in it, keeps at least. "
+        "marginal: that every module keeps at least.",
         show_default="0.25",
     ),
 ]
@@ -416,7 +418,7 @@ def plan(
         typer.Option(
             metavar="SOURCE",
             help="Calibration data, as compress takes it; needed, and read, where the allocation "
-            "is measured (mgaa).",
+            "is measured (mgaa, marginal).",
         ),
     ] = None,
     field: _Field = None,
@@ -435,8 +437,8 @@ def plan(
 
     Parameters and MACs before and after, per module and in all; and, estimated, the peak memory of
     compress and the bytes that it reads and writes. From the model's configuration alone, unless
-    ranks and ratios are to be measured (--allocation mgaa): then the weights are read and run on
-    the calibration data.
+    ranks and ratios are to be measured (--allocation mgaa or marginal, --preset mgaa or best): then
+    the weights are read and run on the calibration data.
     """
     settings, run = _settings(ctx)
     _quieten()

@@ -24,6 +24,7 @@ from lorap_reference import (
     llama,
     lora,
     lowrank,
+    marginal,
     mgaa,
     pca,
     regression,
@@ -1155,6 +1156,17 @@ def test_a_token_that_is_turned_changes_the_cosines_past_their_bound(
             "q", mgaa.cosine_sum(X, turned_by(1 - times * bound)), count, bound
         )
     )
+
+
+@pytest.mark.refuses("divergence_sum")
+@few
+@given(count=st.integers(1, 20), vocabulary=st.integers(2, 50), seed=own.seeds)
+def test_a_divergence_that_is_off_is_past_its_bound(count: int, vocabulary: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    Z, Z_hat = rng.standard_normal((2, count, vocabulary))
+    bound = tolerances.divergence_sum(count, vocabulary, float(np.max(np.abs([Z, Z_hat]))))
+    found = marginal.divergence_sum(Z, Z_hat)
+    refuses(lambda times: compare.close("q", found + times * bound, found, bound))
 
 
 @pytest.mark.refuses("standard_scores")

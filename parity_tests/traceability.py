@@ -26,6 +26,7 @@ TOLERANCES = (
     "forward",
     "contract",
     "refit",
+    "divergence",
 )
 
 BEGIN, END = "<!-- traceability:begin -->", "<!-- traceability:end -->"

@@ -23,7 +23,7 @@ from lorap.pipeline.estimate import (
     low_rank_workspace,
     pruning_workspace,
 )
-from lorap.plan import make_plan
+from lorap.plan import draft_plan, make_plan
 from tests.tiny_models import save_tiny_checkpoint, tiny_config, token_ids
 
 
@@ -31,7 +31,7 @@ def estimated(model: LlamaConfig | None = None, **settings: Any) -> Estimate:
     model = model or tiny_config(dtype="bfloat16", tie_word_embeddings=False)
     config = CompressionConfig(**{"ratio": 0.4, "ratio_scope": "layer", "device": "cpu"} | settings)
     family = family_of(model)
-    plan = make_plan(model, family, replace(config, importance="activation"))
+    plan = draft_plan(model, family, replace(config, importance="activation"))
     return estimate(model, family, config, plan)
 
 
@@ -170,6 +170,24 @@ def test_the_plan_of_a_checkpoint_has_an_estimate(tmp_path: Path) -> None:
     again = lorap.plan_checkpoint(tmp_path / "model", measured, calibration=source).estimate
     assert again is not None
     assert again.read["model"] > plan.estimate.read["model"]
+
+
+def test_probes_are_kept_for_every_module() -> None:
+    """Sixteen samples of 8 tokens, 32 wide: a stream for each of five modules of three layers."""
+    best = {"mha": "pca", "selection": "obs", "update": "least-squares"}
+    shape: dict[str, Any] = {"samples": 20, "seqlen": 8}
+    even, marginal = (
+        estimated(**best, **shape, **more) for more in ({}, {"allocation": "marginal"})
+    )
+    state = 8 * 32 * 2
+    assert even.memory["cpu"].get("activations", 0) <= 20 * state
+    assert marginal.memory["cpu"]["activations"] == 20 * state + 16 * 16 * state
+    # On disk they are written behind every layer from their own on.
+    on_disk = [
+        estimated(**best, **shape, **more, activations="disk").written["activations"]
+        for more in ({"allocation": "mgaa-between"}, {"allocation": "marginal"})
+    ]
+    assert on_disk[1] - on_disk[0] == 16 * state * (5 * (3 + 2 + 1) + 4)
 
 
 def test_the_bytes_written_are_those_of_the_files(tmp_path: Path) -> None:

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STANDARD = {"collections", "dataclasses", "heapq", "math", "typing", "__future__"}
+STANDARD = {
+    "__future__",
+    "bisect",
+    "collections",
+    "dataclasses",
+    "heapq",
+    "itertools",
+    "math",
+    "typing",
+}
 
 
 def imported(file: Path) -> Iterator[str]:

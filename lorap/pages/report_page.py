@@ -200,7 +200,8 @@ def _sizes(layers: Layers) -> list[str]:
 def _ratios(report: Mapping[str, Any]) -> list[str]:
     """Ratios and similarities by layer, where they differ or were measured."""
     layers: Layers = report["layers"]
-    measured = str(report["settings"]["allocation"]).startswith("mgaa")
+    allocation = report["settings"]["allocation"]
+    measured = isinstance(allocation, str)
     if not measured and all(layer["ratios"] == layers[0]["ratios"] for layer in layers):
         return []
     places = range(len(layers))
@@ -223,7 +224,9 @@ def _ratios(report: Mapping[str, Any]) -> list[str]:
         charts.append(
             lines("cosine of a sub-layer's input and output", places, similar, unit="number")
         )
-    how = "Planned from measurements (MGAA)." if measured else "As the recipe's overrides have it."
+    how = "As the recipe's overrides have it."
+    if measured:
+        how = f"Planned from measurements (allocation {allocation})."
     return [page.heading("Ratios by layer"), page.paragraph(how), page.figures(charts)]
 
 

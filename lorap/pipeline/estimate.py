@@ -11,7 +11,7 @@ import torch
 
 from lorap.config import CompressionConfig
 from lorap.pipeline.activations import Place, choose_place
-from lorap.pipeline.forward import TOKENS_PER_BATCH
+from lorap.pipeline.forward import PROBES, TOKENS_PER_BATCH, probe_streams
 from lorap.pipeline.statistics import INPUT_OF, Input, Statistic, Wanted
 from lorap.pipeline.sublayers import low_rank_method, statistics_of, wanted_statistics
 from lorap.plan import LayerPlan, ModulePlan, Plan
@@ -99,7 +99,8 @@ def estimate(
       in another dtype, a copy in that;
     - ``written``: the compressed layer that is being written, and what there is of the next one;
     - ``activations``: the hidden states of all samples, where they wait in this memory; with
-      importance ``taylor`` those of all layers, with a dense target those of two models;
+      importance ``taylor`` those of all layers, with a dense target those of two models, with the
+      marginal allocation those of the probes in all of their models;
     - ``statistics``: the sums over each input's features, of their products ``8 d_in^2`` bytes, and
       twice as much again for the sum of a batch and the new total;
     - ``workspace``: the largest of what the forward of a batch needs (:func:`forward_workspace`),
@@ -110,12 +111,13 @@ def estimate(
 
     The others are the moments at which the samples are embedded, and at which the tensors outside
     the layers are copied; with importance ``taylor`` also the head's and a layer's gradients. None
-    of it grows with the number of layers, but for the activations with ``taylor``.
+    of it grows with the number of layers, but for the activations with ``taylor``, and those of the
+    probes with the marginal allocation.
 
     Everything in the model's files is looked at once, and read again to be computed with or copied,
-    the embedding for both; measurements read the layers once more, gradients twice. Each finished
-    layer is read back for its checksum. Hidden states on disk are written once per layer and read
-    once per forward.
+    the embedding for both; measurements read the layers once more, gradients twice, and the probes
+    of the marginal allocation embedding and head. Each finished layer is read back for its checksum.
+    Hidden states on disk are written once per layer and read once per forward.
 
     Parameters
     ----------
@@ -291,6 +293,9 @@ class _Estimator:
         self.states = 2 if config.dense_target is None else 4
         if config.measures_gradients:
             self.states = max(self.states, len(self.layers) + 2)
+        streams = probe_streams(config, len(self.layers))
+        probes = min(PROBES, config.samples) * config.seqlen * self.hidden * self.computed
+        self.probed = (streams + 1) * probes if streams else 0
         self.place = self._place()
 
     def _place(self) -> Place:
@@ -299,11 +304,13 @@ class _Estimator:
             # The machine that it is planned for is another one.
             return "device"
         device = torch.device(self.device)
-        return choose_place(self.config.activations, self.states * self.state, device)
+        size = self.states * self.state + self.probed
+        return choose_place(self.config.activations, size, device)
 
     def estimate(self) -> Estimate:
         streams = 1 if self.config.dense_target is None else 2
         kept = self.state * (self.states - 1 if self.config.measures_gradients else streams)
+        kept = max(kept, self.state + self.probed)
         on_device = self.place == "device" or (self.place == "cpu" and self.device == "cpu")
         moments = [{"activations": kept if on_device else 0} | moment for moment in self._moments()]
         base = self._process()
@@ -467,9 +474,16 @@ class _Estimator:
             forwards += 2 * len(self.layers) + 1
             states += len(self.layers) + 1
         wrote = {"model": written + others}
+        probes = 0
+        if self.probed:
+            read["model"] += embedding + others
+            # A stream for each module, from its layer on, and that of the model itself.
+            count = len(self.layers)
+            streams = probe_streams(self.config, count)
+            probes = self.probed // (streams + 1) * (streams * (count + 1) // 2 + count + 1)
         if self.place == "disk":
-            read["activations"] = forwards * self.state
-            wrote["activations"] = states * self.state
+            read["activations"] = forwards * self.state + probes
+            wrote["activations"] = states * self.state + probes
         return read, wrote
 
 
