@@ -116,8 +116,8 @@ def estimate(
 
     Everything in the model's files is looked at once, and read again to be computed with or copied,
     the embedding for both; measurements read the layers once more, gradients twice, and the probes
-    of the marginal allocation embedding and head. Each finished layer is read back for its checksum.
-    Hidden states on disk are written once per layer and read once per forward.
+    of the marginal allocation embedding and head. Each finished layer is read back for its
+    checksum. Hidden states on disk are written once per layer and read once per forward.
 
     Parameters
     ----------
