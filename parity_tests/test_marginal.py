@@ -136,10 +136,36 @@ JUMP: tuple[Curves, dict[str, float], int, dict[str, int]] = (
 )
 """Steps from the smallest sizes on would take `b` all the way; the jump of `a` is worth more."""
 
+NO_POWER_OF_TWO: tuple[Curves, dict[str, float], int, dict[str, int]] = (
+    {
+        "a": ([1, 2, 3], [9.0, 3.0, 0.0]),
+        "b": ([3, 4], [3.0, 0.0]),
+        "c": ([4, 6], [7.0, 0.0]),
+    },
+    {"a": 1.0, "b": 1.0, "c": 1.0},
+    12,
+    {"a": 0, "b": 0, "c": 0},
+)
+"""At the lowest power of two that fits, and by steps from there, the sizes are worse."""
+
+FOR_EACH_PARAMETER: tuple[Curves, dict[str, float], int, dict[str, int]] = (
+    {
+        "a": ([3, 8, 12, 15], [22.0, 16.0, 7.0, 0.0]),
+        "b": ([1, 3, 6, 7], [7.0, 6.0, 3.0, 0.0]),
+        "c": ([5, 7, 8], [8.0, 7.0, 0.0]),
+    },
+    {"a": 1.0, "b": 1.0, "c": 1.0},
+    18,
+    {"a": 0, "b": 0, "c": 0},
+)
+"""The step that takes most off is not the one that does for each parameter."""
+
 
 @pytest.mark.spec("marginal.sizes")
 @given(case=allocations())
 @example(case=JUMP)
+@example(case=NO_POWER_OF_TWO)
+@example(case=FOR_EACH_PARAMETER)
 def test_marginal_sizes(
     case: tuple[Curves, dict[str, float], int, dict[str, int]],
 ) -> None:
