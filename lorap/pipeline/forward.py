@@ -230,6 +230,7 @@ class Decoder:
         samples: Samples,
         config: CompressionConfig | None = None,
         folder: Path | None = None,
+        sharing: int = 1,
     ) -> Store:
         """Return where the hidden states wait between layers.
 
@@ -241,6 +242,8 @@ class Decoder:
             time, a target that the uncompressed model has part in those of two models.
         folder : Path, optional
             For files; by default the system's folder of temporary ones.
+        sharing : int
+            Processes that share the machine's memory, each of which keeps as much.
         """
         states = 2
         if config is not None and config.dense_target is not None:
@@ -249,7 +252,7 @@ class Decoder:
             states = max(states, self.layers + 2)
         size = samples.input_ids.numel() * self.config.hidden_size * self.dtype.itemsize
         wanted = "auto" if config is None else config.activations
-        place = choose_place(wanted, states * size, self.device)
+        place = choose_place(wanted, states * size, self.device, sharing)
         return Store(place, self.device, folder)
 
     def embed(self, samples: Samples, store: Store, *, dense: bool = False) -> list[Batch]:

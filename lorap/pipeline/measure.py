@@ -23,6 +23,7 @@ from lorap.ops.precision import compute_dtype
 from lorap.pipeline.activations import Kept, Store
 from lorap.pipeline.factors import STATISTICS, factorise
 from lorap.pipeline.forward import Batch, Decoder, Samples, targets_of
+from lorap.pipeline.processes import ALONE, Processes, Result
 from lorap.pipeline.progress import Steps
 from lorap.pipeline.statistics import INPUT_OF, Collector, Input, InputStatistics, Statistic, Wanted
 from lorap.pipeline.streaming import read_ahead
@@ -37,6 +38,7 @@ def measured_plan(
     draft: Plan,
     config: CompressionConfig,
     advance: Steps,
+    processes: Processes = ALONE,
 ) -> tuple[Plan, Measurements]:
     """Return the plan, after measuring what it and the scores depend on.
 
@@ -44,12 +46,15 @@ def measured_plan(
     ----------
     decoder : Decoder
     samples : Samples
+        Those of this process.
     store : Store
         Where the hidden states wait between layers.
     draft : Plan
         By ``draft_plan``.
     config : CompressionConfig
     advance : Steps
+    processes : Processes
+        That measure together.
 
     Raises
     ------
@@ -65,7 +70,7 @@ def measured_plan(
             "importance taylor: expected a sample of two tokens that count, to predict one from "
             "the other, got none"
         )
-    measured = measure(decoder, samples, store, draft, config, advance)
+    measured = measure(decoder, samples, store, draft, config, advance, processes)
     return make_plan(decoder.config, decoder.family, config, measured), measured
 
 
@@ -76,6 +81,7 @@ def measure(
     draft: Plan,
     config: CompressionConfig,
     advance: Steps,
+    processes: Processes = ALONE,
 ) -> Measurements:
     """Measure the uncompressed model, as far as the configuration asks for it.
 
@@ -83,6 +89,7 @@ def measure(
     ----------
     decoder : Decoder
     samples : Samples
+        Those of this process.
     store : Store
         Where the hidden states wait between layers.
     draft : Plan
@@ -90,6 +97,8 @@ def measure(
     config : CompressionConfig
     advance : Steps
         Called after each layer.
+    processes : Processes
+        That measure together.
 
     Raises
     ------
@@ -114,14 +123,15 @@ def measure(
     for layer in layers(range(decoder.layers)):
         if config.measures_gradients:
             hidden.append([batch.kept for batch in batches])
-        _measure_forward_(measured, layer, decoder, config, batches)
+        _measure_forward_(measured, layer, decoder, config, batches, processes)
     if config.measures_gradients:
-        gradients, targets = _head_gradients(decoder, samples, batches, store)
+        gradients, own = _head_gradients(decoder, samples, batches, store)
+        (targets,) = processes.total(own)
         for layer in layers(range(decoder.layers)[::-1]):
             for batch, given in zip(batches, hidden.pop(), strict=True):
                 batch.kept = given
             measured.scores[layer.index] = _gradient_scores(
-                layer, decoder, config, batches, gradients, store, targets
+                layer, decoder, config, batches, gradients, store, int(targets), processes
             )
     return measured
 
@@ -142,6 +152,7 @@ def observe(
     batches: Sequence[Batch],
     *,
     similarity: bool,
+    processes: Processes = ALONE,
 ) -> tuple[dict[Input, InputStatistics], dict[Sublayer, float]]:
     """Run a layer over the batches, which take its output, and look at what happens in it.
 
@@ -156,6 +167,8 @@ def observe(
     batches : sequence of Batch
     similarity : bool
         Whether to take the similarities of the sub-layers.
+    processes : Processes
+        That do this together.
 
     Returns
     -------
@@ -174,8 +187,7 @@ def observe(
     listener = layer.get_submodule(family.ffn_input).register_forward_pre_hook(
         lambda _, inputs: between.append(inputs[0])
     )
-    cosines: dict[Sublayer, float] = {"mha": 0.0, "ffn": 0.0}
-    tokens = 0
+    mha, ffn, tokens = 0.0, 0.0, 0
     with torch.no_grad(), Collector(layer, wanted) as collector:
         for batch in batches:
             collector.expect(batch)
@@ -183,13 +195,16 @@ def observe(
             after = batch.run(layer, index, before)
             middle = between.pop()
             if similarity:
-                cosines["mha"] += cosine_sum(before, middle, batch.mask)
-                cosines["ffn"] += cosine_sum(middle, after, batch.mask)
+                mha += cosine_sum(before, middle, batch.mask)
+                ffn += cosine_sum(middle, after, batch.mask)
             batch.advance(after, index)
             tokens += batch.tokens
     listener.remove()
-    similarities = {sublayer: total / tokens for sublayer, total in cosines.items()}
-    return collector.statistics(index), similarities if similarity else {}
+    inputs = collector.statistics(index, processes)
+    if not similarity:
+        return inputs, {}
+    mha, ffn, total = processes.total(mha, ffn, tokens)
+    return inputs, {"mha": mha / total, "ffn": ffn / total}
 
 
 def _measure_forward_(
@@ -198,6 +213,7 @@ def _measure_forward_(
     decoder: Decoder,
     config: CompressionConfig,
     batches: Sequence[Batch],
+    processes: Processes,
 ) -> None:
     """Run a layer over the batches, and add its similarities and spectra to what was measured."""
     family = decoder.family
@@ -209,19 +225,37 @@ def _measure_forward_(
 
     wanted = wanted_statistics(family, layer.plan, statistics_of)
     inputs, similarities = observe(
-        layer.module, layer.index, family, wanted, batches, similarity=config.measures_similarity
+        layer.module,
+        layer.index,
+        family,
+        wanted,
+        batches,
+        similarity=config.measures_similarity,
+        processes=processes,
     )
     for sublayer, similarity in similarities.items():
         measured.similarities[layer.index, sublayer] = similarity
     names = {**family.attention, **family.ffn}
     original = decoder.split(layer.original)
-    for name, module in layer.plan.items():
-        if module.sublayer in config.energy_sublayers:
-            parts = [original[f"{names[role]}.weight"] for role in module.roles]
-            weight = parts[0] if len(parts) == 1 else stacked(parts)
-            method = low_rank_method(config, module.sublayer)
-            factors = factorise(weight, inputs.get(INPUT_OF[module.roles[0]]), 0, method, config)
-            measured.spectra[f"layers.{layer.index}.{name}"] = factors.singular_values.cpu()
+
+    def weight(module: ModulePlan) -> Tensor:
+        parts = [original[f"{names[role]}.weight"] for role in module.roles]
+        return parts[0] if len(parts) == 1 else stacked(parts)
+
+    def cost(job: tuple[str, ModulePlan]) -> float:
+        shape = weight(job[1]).shape
+        return shape.numel() * min(shape)
+
+    def spectrum(job: tuple[str, ModulePlan]) -> Result:
+        module = job[1]
+        method = low_rank_method(config, module.sublayer)
+        given = inputs.get(INPUT_OF[module.roles[0]])
+        factors = factorise(weight(module), given, 0, method, config)
+        return {"": factors.singular_values.cpu()}, None
+
+    jobs = [job for job in layer.plan.items() if job[1].sublayer in config.energy_sublayers]
+    for (name, _), (found, _) in processes.each(jobs, cost, spectrum):
+        measured.spectra[f"layers.{layer.index}.{name}"] = found[""]
 
 
 class _NormOf(nn.Module):
@@ -276,6 +310,7 @@ def _gradient_scores(
     gradients: list[Kept],
     store: Store,
     targets: int,
+    processes: Processes,
 ) -> dict[Sublayer, Tensor]:
     """Return the scores of a layer's channels and heads; `gradients` become those of its input."""
     family = decoder.family
@@ -304,6 +339,7 @@ def _gradient_scores(
         gradients[number] = store.keep(by_input)
         for total, gradient in zip(sums, found, strict=True):
             total += gradient
+    processes.sum_(*sums)
     by_weight = decoder.split(dict(zip(linears, sums, strict=True)))
     original = decoder.split(layer.original)
     scores = {
