@@ -103,6 +103,13 @@ def _processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if variables <= os.environ.keys() else 1
 
 
+def _program() -> list[str]:
+    """Return the words that this command was begun with, before its arguments."""
+    if _processes() == 1:
+        return ["lorap"]
+    return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "lorap"]
+
+
 def _says() -> bool:
     """Return whether this is the process that says what all would say."""
     return _processes() == 1 or os.environ["RANK"] == "0"
@@ -205,12 +212,12 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    if _processes() > 1 and ctx.invoked_subcommand != "compress":
+    if _processes() > 1 and ctx.invoked_subcommand not in ("compress", "recover"):
         if not _says():
             raise typer.Exit(2)
         raise UsageError(
             f"{ctx.invoked_subcommand}: runs in one process, got {_processes()}; torchrun is for "
-            "compress alone"
+            "compress and recover"
         )
 
 
@@ -609,7 +616,7 @@ def compress(
                 model,
                 config=settings,
                 **run,
-                command=shlex.join(["lorap", *ctx.meta[ARGUMENTS]]),
+                command=shlex.join([*_program(), *ctx.meta[ARGUMENTS]]),
                 progress=progress,
                 processes=processes,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ from lorap import LorapError, cli
 from lorap.audit import audit
 from lorap.checkpoint import files
 from lorap.checkpoint.writer import staging_of
-from lorap.pipeline import activations, layers, on_disk
-from lorap.pipeline.processes import Processes, shared_out
+from lorap.pipeline import activations, layers, on_disk, processes
+from lorap.pipeline.processes import Processes, join, shared_out
+from lorap.pipeline.statistics import Statistic, sum_over_
 from parity_tests import tolerances
 from tests.tiny_models import save_tiny_checkpoint, token_ids
 
@@ -69,6 +72,25 @@ def test_the_longest_job_goes_to_whom_has_least_to_do() -> None:
     assert shared_out([5, 5, 5], 2) == [0, 1, 0]
     assert shared_out([1, 2, 3, 4], 1) == [0, 0, 0, 0]
     assert shared_out([], 3) == []
+
+
+def test_sums_are_taken_in_one_order_whatever_that_of_a_set() -> None:
+    """The processes of torchrun differ in how they order sets of words."""
+    seen: list[list[float]] = []
+
+    class Noting(Processes):
+        def sum_(self, *tensors: torch.Tensor) -> None:
+            seen[-1].extend(float(tensor) for tensor in tensors)
+
+    sums: dict[Statistic, torch.Tensor] = {
+        "sum": torch.tensor(1.0),
+        "moment": torch.tensor(2.0),
+        "squares": torch.tensor(3.0),
+    }
+    for order in itertools.permutations(sums):
+        seen.append([])
+        sum_over_(Noting(), {name: sums[name] for name in order})
+    assert seen == [[2.0, 3.0, 1.0]] * 6
 
 
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +303,7 @@ def test_two_processes_give_what_one_gives_to_the_last_bit(method: str, case: Ca
     assert case.weights() == case.weights("one")
     ours, theirs = case.report(), case.report("one")
     assert (ours["processes"], theirs["processes"]) == (2, 1)
+    assert ours["command"].startswith("torchrun --nproc-per-node 2 -m lorap compress ")
     for key in ("parameters", "layer_ratio", "achieved_ratio", "calibration", "settings"):
         assert ours[key] == theirs[key]
     for own, other in zip(ours["layers"], theirs["layers"], strict=True):
@@ -422,6 +445,19 @@ def test_processes_that_do_not_have_the_same_are_refused(case: Case) -> None:
     said = "".join(ended.said)
     assert said.startswith("lorap: process 1 of 2: its version of torch is 2.0, that of process 0")
     assert said.count("lorap: ") == 1
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=1))
+    with pytest.raises(LorapError, match="the processes did not find each other: "), join():
+        pass
 
 
 def test_other_commands_run_in_one_process(case: Case) -> None:

@@ -32,6 +32,9 @@ TIMEOUT = timedelta(hours=2)
 """Longest wait for another process. One that has died is missed at once; this ends the wait for one
 whose machine does not answer, and is longer than any piece of work."""
 
+MEETING = timedelta(minutes=10)
+"""Longest wait for the others to be there."""
+
 _FAILURE = "lorap/failure"
 
 
@@ -302,7 +305,7 @@ def join() -> Iterator[Processes]:
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        store, rank, size = next(rendezvous("env://", timeout=MEETING))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise LorapError(f"the processes did not find each other: {first_line(error)}") from error
