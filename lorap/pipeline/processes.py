@@ -254,7 +254,9 @@ class Processes:
             if self._store.check([_FAILURE]):
                 failure = json.loads(self._store.get(_FAILURE))
         if failure is None:
-            return LostProcessError("a process of this run died or was stopped")
+            # Process 0 will say more, if it is there.
+            way_on = "" if self.rank == 0 else "; --resume goes on with what was finished"
+            return LostProcessError(f"a process of this run died or was stopped{way_on}")
         if failure["message"] is not None:
             # What one process cannot do, the run cannot do.
             kind = UsageError if failure["usage"] else LorapError
@@ -296,7 +298,8 @@ def join() -> Iterator[Processes]:
     """Join the processes that torchrun has started, this one among them.
 
     Tensors on GPUs are exchanged by NCCL, all else by gloo. An error that ends the context ends the
-    other processes too, at their next exchange.
+    other processes too, at their next exchange; from then on they ignore SIGTERM, by which torchrun
+    ends what is left of a run.
 
     Raises
     ------
