@@ -280,6 +280,16 @@ def have_another_torch() -> None:
     on_disk.versions = lambda: real() | {"torch": "2.0"}
 
 
+def have_a_talkative_gloo() -> None:
+    real = dist.init_process_group
+
+    def init(*arguments: Any, **options: Any) -> None:
+        os.write(1, b"[Gloo] Rank 0 is connected to 1 peer ranks.\n")
+        real(*arguments, **options)
+
+    dist.init_process_group = init
+
+
 def dawdle() -> None:
     """Be at work when another process fails."""
     at_layer(1, lambda: time.sleep(1))
@@ -451,7 +461,8 @@ WRONG = {
 def test_what_cannot_be_used_is_said_once(name: str, case: Case) -> None:
     words, message = WRONG[name]
     given = case.words(*(word.format(model=case.folder / "model") for word in words))
-    ended = together(2, given, case.folder)
+    hooks = {0: have_a_talkative_gloo, 1: have_a_talkative_gloo}
+    ended = together(2, given, case.folder, hooks)
     assert ended.statuses == [2, 2]
     assert sorted(message in said for said in ended.said) == [False, True]
     assert "" in ended.said

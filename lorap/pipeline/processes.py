@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -294,6 +295,20 @@ def shared_out(costs: Sequence[float], size: int) -> list[int]:
 
 
 @contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Drop what gloo prints when it connects, in some versions (pytorch/gloo, issue 462)."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
 def join() -> Iterator[Processes]:
     """Join the processes that torchrun has started, this one among them.
 
@@ -309,7 +324,10 @@ def join() -> Iterator[Processes]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         store, rank, size = next(rendezvous("env://", timeout=MEETING))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        with _silent_stdout():
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT
+            )
     except (RuntimeError, ValueError) as error:
         raise LorapError(f"the processes did not find each other: {first_line(error)}") from error
     local_rank, local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
