@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lorap.config import CompressionConfig
     from lorap.demo import DemoResult
     from lorap.evaluation import Evaluation, PerplexityReport
+    from lorap.pipeline.processes import Processes
     from lorap.plan import LayerPlan, ModulePlan, Plan
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -58,26 +59,86 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UsageError as error:
-            _fail(str(error), 2)
-        except LorapError as error:
-            _fail(_noted(error), 1)
-        except KeyboardInterrupt as error:
-            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-            _fail(f"interrupted; {_left(error)}", 128 + number)
+        except _RefusedWords as error:
+            if not _says():
+                raise typer.Exit(2) from error
+            raise
         except BrokenPipeError:
             raise
-        except OSError as error:
-            _fail(_noted(error), 1)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+        except (LorapError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
+            verdict = _verdict(error)
+            if verdict is None:
                 raise
-            detail = f" ({error})" if str(error) else ""
-            _fail(
-                "out of memory; a smaller --batch-size (of recover: --micro-batch) needs less"
-                f"{detail}",
-                1,
-            )
+            _fail(*verdict)
+
+
+_RefusedWords: Any = typer.BadParameter.__bases__[0]
+"""What Typer raises for words that it does not understand; in some versions its own, in others that
+of click."""
+
+
+def _verdict(error: BaseException) -> tuple[str, int] | None:
+    """Return the message and the exit status for an error; None for a defect."""
+    if isinstance(error, UsageError):
+        return str(error), 2
+    if isinstance(error, LorapError):
+        return _noted(error), 1
+    if isinstance(error, KeyboardInterrupt):
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        return f"interrupted; {_left(error)}", 128 + number
+    if isinstance(error, OSError):
+        return _noted(error), 1
+    if _is_out_of_memory(error):
+        detail = f" ({error})" if str(error) else ""
+        return (
+            f"out of memory; a smaller --batch-size (of recover: --micro-batch) needs less{detail}",
+            1,
+        )
+    return None
+
+
+def _processes() -> int:
+    """Return how many processes torchrun has started, this one among them."""
+    variables = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+    return int(os.environ["WORLD_SIZE"]) if variables <= os.environ.keys() else 1
+
+
+def _program() -> list[str]:
+    """Return the words that this command was begun with, before its arguments."""
+    if _processes() == 1:
+        return ["lorap"]
+    return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "lorap"]
+
+
+def _says() -> bool:
+    """Return whether this is the process that says what all would say."""
+    return _processes() == 1 or os.environ["RANK"] == "0"
+
+
+@contextlib.contextmanager
+def _joined() -> Iterator[Processes | None]:
+    """Join the processes that torchrun has started; what ends them all is said by one of them."""
+    if _processes() == 1:
+        yield None
+        return
+    from lorap.pipeline.processes import ALONE, join
+
+    processes = ALONE
+    try:
+        with join() as processes:
+            yield processes
+    except BrokenPipeError:
+        raise
+    except (LorapError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
+        verdict = _verdict(error)
+        if verdict is None:
+            raise
+        message, status = verdict
+        # Process 0 is interrupted as well, and knows what is left.
+        silent = processes.rank > 0 and isinstance(error, KeyboardInterrupt)
+        if processes.said(message) or silent:
+            raise typer.Exit(status) from error
+        raise
 
 
 def _noted(error: BaseException) -> str:
@@ -90,7 +151,7 @@ def _left(error: BaseException) -> str:
     return "; ".join(getattr(error, "__notes__", [])) or "nothing half-written is left behind"
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     # The name, since torch may not have been imported; its CPU allocator has no error of its own.
     return (
         isinstance(error, MemoryError)
@@ -143,6 +204,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    ctx: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -150,7 +212,13 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    pass
+    if _processes() > 1 and ctx.invoked_subcommand not in ("compress", "recover"):
+        if not _says():
+            raise typer.Exit(2)
+        raise UsageError(
+            f"{ctx.invoked_subcommand}: runs in one process, got {_processes()}; torchrun is for "
+            "compress and recover"
+        )
 
 
 # Options take None for "not given", since a recipe comes between the command line and the defaults.
@@ -530,22 +598,32 @@ def compress(
     The folder loads with transformers, and holds a report of what was done.
 
     For example: lorap compress MODEL --ratio 0.2 --output small --calibration c4
+
+    On several GPUs, or in several processes, on one machine or more:
+    torchrun --nproc-per-node 4 -m lorap compress MODEL ...
     """
-    settings, run = _settings(ctx)
-    for name, meaning in (("output", "a folder to write"), ("calibration", "a source of data")):
-        if name not in run:
-            raise UsageError(
-                f"{name}: expected {meaning}, got none; give --{name}, or {name} in the recipe"
+    with _joined() as processes:
+        settings, run = _settings(ctx)
+        for name, meaning in (("output", "a folder to write"), ("calibration", "a source of data")):
+            if name not in run:
+                raise UsageError(
+                    f"{name}: expected {meaning}, got none; give --{name}, or {name} in the recipe"
+                )
+        _quieten()
+        with (
+            _stdout_kept(as_json),
+            _progress("layers") if _says() else contextlib.nullcontext() as progress,
+        ):
+            report = lorap.compress_checkpoint(
+                model,
+                config=settings,
+                **run,
+                command=shlex.join([*_program(), *ctx.meta[ARGUMENTS]]),
+                progress=progress,
+                processes=processes,
             )
-    _quieten()
-    with _stdout_kept(as_json), _progress("layers") as progress:
-        report = lorap.compress_checkpoint(
-            model,
-            config=settings,
-            **run,
-            command=shlex.join(["lorap", *ctx.meta[ARGUMENTS]]),
-            progress=progress,
-        )
+    if not _says():
+        return
     _say_what_stays([layer["ratios"] for layer in report["layers"]], settings.sublayers)
     if as_json:
         _print_json(report)
@@ -1380,8 +1458,9 @@ def _print_summary(report: Mapping[str, Any], output: str) -> None:
         f"calibration  {calibration['samples']} x {calibration['seqlen']} tokens of "
         f"{calibration['source']}"
     )
-    typer.echo(f"time         {_duration(report['seconds'])} on {report['device']}")
-    typer.echo(f"peak memory  {peak}")
+    several = f" in {report['processes']} processes" if report["processes"] > 1 else ""
+    typer.echo(f"time         {_duration(report['seconds'])} on {report['device']}{several}")
+    typer.echo(f"peak memory  {peak}{' of the first of them' if several else ''}")
     typer.echo(f"output       {output}")
     typer.echo(f"report       {os.path.join(output, REPORT_PAGE)}")
     typer.echo(f"\nnext: lorap evaluate {shlex.quote(output)} --perplexity wikitext2")

@@ -9,6 +9,10 @@ class UsageError(LorapError):
     """An argument, option, path or file that cannot be used. The command line exits with 2."""
 
 
+class LostProcessError(LorapError):
+    """Another process of the run has failed or died; what was finished is as good as before."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A run that was told to end by a signal; notes on it say what it has left.
 

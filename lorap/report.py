@@ -63,6 +63,7 @@ def make_report(
     calibration: Calibration,
     layers: Sequence[tuple[Mapping[str, Any], float]],
     resumed_layers: int,
+    processes: int,
     device: torch.device,
     seconds: float,
     command: str,
@@ -84,8 +85,10 @@ def make_report(
         One pair per decoder layer, as in ``pipeline.layers.LayerResult``.
     resumed_layers : int
         Of these, how many an earlier run had finished.
+    processes : int
+        That worked together.
     device : torch.device
-        Where it was computed.
+        Where it was computed, by the first of them.
     seconds : float
         Wall time in all.
     command : str
@@ -125,6 +128,7 @@ def make_report(
             )
         ],
         "resumed_layers": resumed_layers,
+        "processes": processes,
         "device": str(device),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(device),

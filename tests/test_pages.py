@@ -342,12 +342,13 @@ def test_a_report_of_before_histograms_and_a_recovered_one_have_a_page(folder: P
     report = said(folder / "paper")
     for layer in report["layers"]:
         del layer["modules"]["mlp"]["score_histogram"]
-    report |= {"ratio": None, "layer_ratio": None, "resumed_layers": 2}
+    report |= {"ratio": None, "layer_ratio": None, "resumed_layers": 2, "processes": 3}
     report["recovery"] = {"merge": {"mode": "exact", "parameters": {"before": 10, "after": 12345}}}
     shown = "".join(read(report_page(report, name="x")).text)
     assert "12,345 after" in shown
     assert "none asked" in shown
     assert "finished 2 of the layers" in shown
+    assert "By 3 processes" in shown
     assert "scores at the cuts" in shown
     assert "logarithmic" not in shown
 

@@ -38,7 +38,7 @@ from lorap.checkpoint.files import (
     sync,
 )
 from lorap.checkpoint.journal import FOLDER, Journal, lock
-from lorap.errors import LorapError, UsageError
+from lorap.errors import LorapError, LostProcessError, UsageError
 from lorap.families import FAMILIES, MULTIMODAL, Family, modeling_file
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ class CheckpointWriter:
         traceback: TracebackType | None,
     ) -> None:
         # What a run of these settings cannot do, it cannot do when it is resumed either.
-        hopeless = isinstance(error, LorapError)
+        hopeless = isinstance(error, LorapError) and not isinstance(error, LostProcessError)
         if self._run is None or hopeless or not self.journal.records:
             shutil.rmtree(self._staging, ignore_errors=True)
         elif error is not None:

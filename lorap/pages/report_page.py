@@ -294,6 +294,12 @@ def _costs(report: Mapping[str, Any]) -> list[str]:
     ]
     if resumed:
         parts.append(page.paragraph(f"An earlier run had finished {resumed} of the layers."))
+    if report["processes"] > 1:
+        parts.append(
+            page.paragraph(
+                f"By {report['processes']} processes; memory and device are those of the first."
+            )
+        )
     peak = [
         (f"peak memory, {place}", f"{size / 2**30:.2f} GiB")
         for place, size in report["peak_memory_bytes"].items()

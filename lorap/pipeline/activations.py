@@ -22,7 +22,9 @@ SHARE_OF_DEVICE, SHARE_OF_MEMORY = 0.3, 0.5
 """Parts of a GPU's, and of the machine's, free memory that hidden states may fill by themselves."""
 
 
-def choose_place(activations: Activations, size: int, device: torch.device) -> Place:
+def choose_place(
+    activations: Activations, size: int, device: torch.device, sharing: int = 1
+) -> Place:
     """Return where hidden states of that many bytes in all wait.
 
     Parameters
@@ -33,12 +35,14 @@ def choose_place(activations: Activations, size: int, device: torch.device) -> P
         Bytes that are kept at a time.
     device : torch.device
         Where the layers run.
+    sharing : int
+        Processes that share the machine's memory, each of which keeps as much.
     """
     if activations != "auto":
         return activations
     if device.type == "cuda" and size <= SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]:
         return "device"
-    return "cpu" if size <= SHARE_OF_MEMORY * available_memory() else "disk"
+    return "cpu" if sharing * size <= SHARE_OF_MEMORY * available_memory() else "disk"
 
 
 class Store:

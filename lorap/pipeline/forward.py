@@ -134,11 +134,20 @@ class Samples:
         Nonzero where a token counts.
     batch_size : int or None
         Samples in a forward; None takes about as many tokens as ``TOKENS_PER_BATCH`` says.
+    whole : (M, L) Tensor or None
+        Token ids of the samples of all processes; None where these are all.
     """
 
     input_ids: Tensor
     mask: Tensor | None = None
     batch_size: int | None = None
+    whole: Tensor | None = None
+
+    def probes(self) -> Samples:
+        """Return the first samples of all, ``PROBES`` or as many as there are."""
+        ids = self.input_ids if self.whole is None else self.whole
+        mask = None if self.mask is None else self.mask[:PROBES]
+        return Samples(ids[:PROBES], mask, self.batch_size)
 
     def targets(self) -> Tensor:
         """Return which tokens after the first are predicted, ``(N, L - 1)``; see `targets_of`."""
@@ -243,6 +252,7 @@ class Decoder:
         samples: Samples,
         config: CompressionConfig | None = None,
         folder: Path | None = None,
+        sharing: int = 1,
     ) -> Store:
         """Return where the hidden states wait between layers.
 
@@ -255,6 +265,8 @@ class Decoder:
             allocation those of the probes in all of their models.
         folder : Path, optional
             For files; by default the system's folder of temporary ones.
+        sharing : int
+            Processes that share the machine's memory, each of which keeps as much.
         """
         states = 2
         if config is not None and config.dense_target is not None:
@@ -263,11 +275,11 @@ class Decoder:
             states = max(states, self.layers + 2)
         probed = 0
         if config is not None and config.is_marginal:
-            probed = (probe_streams(config, self.layers) + 1) * samples.input_ids[:PROBES].numel()
+            probed = (probe_streams(config, self.layers) + 1) * samples.probes().input_ids.numel()
         tokens = states * samples.input_ids.numel() + probed
         size = tokens * self.config.hidden_size * self.dtype.itemsize
         wanted = "auto" if config is None else config.activations
-        place = choose_place(wanted, size, self.device)
+        place = choose_place(wanted, size, self.device, sharing)
         return Store(place, self.device, folder)
 
     def embed(self, samples: Samples, store: Store, *, dense: bool = False) -> list[Batch]:

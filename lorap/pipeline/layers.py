@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorap.config import CompressionConfig
 from lorap.families.fused import join
 from lorap.pipeline.forward import Batch, Decoder
+from lorap.pipeline.processes import ALONE, Processes
 from lorap.pipeline.stages import compress_by_stages_
 from lorap.pipeline.statistics import collect
 from lorap.pipeline.streaming import read_ahead
@@ -55,6 +56,7 @@ def compress_layers(
     config: CompressionConfig,
     measurements: Measurements,
     first: int = 0,
+    processes: Processes = ALONE,
 ) -> Iterator[LayerResult]:
     """Compress one decoder layer after the other.
 
@@ -62,17 +64,20 @@ def compress_layers(
     ----------
     decoder : Decoder
     batches : sequence of Batch
-        The inputs of layer `first`; they are carried on.
+        The inputs of layer `first`, of this process's samples; they are carried on.
     plan : Plan
     config : CompressionConfig
     measurements : Measurements
         Holds the scores of channels and heads where ``config.importance`` is ``taylor``.
     first : int
         The first layer to compress.
+    processes : Processes
+        That do this together.
 
     Yields
     ------
     LayerResult
+        The same in all processes.
 
     Raises
     ------
@@ -100,12 +105,14 @@ def compress_layers(
             )
             if wanted:
                 dense = decoder.build(dense_config, index, original)
-                layer.inputs = collect(dense, wanted, batches, index)
+                layer.inputs = collect(dense, wanted, batches, index, processes)
                 del dense
-            layer.compress_(layer_plan, f"layers.{index}")
+            layer.compress_(layer_plan, f"layers.{index}", processes)
         else:
             dense = decoder.build(dense_config, index, original)
-            compress_by_stages_(layer, layer_plan, decoder, dense, batches, index, structure)
+            compress_by_stages_(
+                layer, layer_plan, decoder, dense, batches, index, structure, processes
+            )
             run_dense(dense, index, batches)
             del dense
         tensors = join(family, structure[index], layer.tensors)

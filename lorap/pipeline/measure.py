@@ -26,6 +26,7 @@ from lorap.pipeline.activations import Kept, Store
 from lorap.pipeline.factors import STATISTICS, factorise
 from lorap.pipeline.forward import Batch, Decoder, Head, Samples, targets_of
 from lorap.pipeline.probes import Probes
+from lorap.pipeline.processes import ALONE, Processes, Result
 from lorap.pipeline.progress import Steps
 from lorap.pipeline.statistics import INPUT_OF, Collector, Input, InputStatistics, Statistic, Wanted
 from lorap.pipeline.streaming import read_ahead
@@ -40,6 +41,7 @@ def measured_plan(
     draft: Plan,
     config: CompressionConfig,
     advance: Steps,
+    processes: Processes = ALONE,
 ) -> tuple[Plan, Measurements]:
     """Return the plan, after measuring what it and the scores depend on.
 
@@ -47,12 +49,15 @@ def measured_plan(
     ----------
     decoder : Decoder
     samples : Samples
+        Those of this process.
     store : Store
         Where the hidden states wait between layers.
     draft : Plan
         By ``draft_plan``.
     config : CompressionConfig
     advance : Steps
+    processes : Processes
+        That measure together.
 
     Raises
     ------
@@ -68,7 +73,7 @@ def measured_plan(
             "importance taylor: expected a sample of two tokens that count, to predict one from "
             "the other, got none"
         )
-    measured = measure(decoder, samples, store, draft, config, advance)
+    measured = measure(decoder, samples, store, draft, config, advance, processes)
     return make_plan(decoder.config, decoder.family, config, measured), measured
 
 
@@ -79,6 +84,7 @@ def measure(
     draft: Plan,
     config: CompressionConfig,
     advance: Steps,
+    processes: Processes = ALONE,
 ) -> Measurements:
     """Measure the uncompressed model, as far as the configuration asks for it.
 
@@ -86,6 +92,7 @@ def measure(
     ----------
     decoder : Decoder
     samples : Samples
+        Those of this process.
     store : Store
         Where the hidden states wait between layers.
     draft : Plan
@@ -93,6 +100,8 @@ def measure(
     config : CompressionConfig
     advance : Steps
         Called after each layer.
+    processes : Processes
+        That measure together.
 
     Raises
     ------
@@ -113,23 +122,24 @@ def measure(
             yield _Layer(index, module, original, draft.layers[index])
             advance()
 
-    probes = Probes(decoder, samples, store, config) if config.is_marginal else None
+    probes = Probes(decoder, samples, store, config, processes) if config.is_marginal else None
     batches = decoder.embed(samples, store)
     for layer in layers(range(decoder.layers)):
         if config.measures_gradients:
             hidden.append([batch.kept for batch in batches])
-        inputs = _measure_forward_(measured, layer, decoder, config, batches)
+        inputs = _measure_forward_(measured, layer, decoder, config, batches, processes)
         if probes is not None:
             probes.advance_(layer.module, layer.index, layer.original, inputs)
     if probes is not None:
         measured.divergences.update(probes.divergences())
     if config.measures_gradients:
-        gradients, targets = _head_gradients(decoder, samples, batches, store)
+        gradients, own = _head_gradients(decoder, samples, batches, store)
+        (targets,) = processes.total(own)
         for layer in layers(range(decoder.layers)[::-1]):
             for batch, given in zip(batches, hidden.pop(), strict=True):
                 batch.kept = given
             measured.scores[layer.index] = _gradient_scores(
-                layer, decoder, config, batches, gradients, store, targets
+                layer, decoder, config, batches, gradients, store, int(targets), processes
             )
     return measured
 
@@ -150,6 +160,7 @@ def observe(
     batches: Sequence[Batch],
     *,
     similarity: bool,
+    processes: Processes = ALONE,
 ) -> tuple[dict[Input, InputStatistics], dict[Sublayer, float]]:
     """Run a layer over the batches, which take its output, and look at what happens in it.
 
@@ -164,6 +175,8 @@ def observe(
     batches : sequence of Batch
     similarity : bool
         Whether to take the similarities of the sub-layers.
+    processes : Processes
+        That do this together.
 
     Returns
     -------
@@ -182,8 +195,7 @@ def observe(
     listener = layer.get_submodule(family.ffn_input).register_forward_pre_hook(
         lambda _, inputs: between.append(inputs[0])
     )
-    cosines: dict[Sublayer, float] = {"mha": 0.0, "ffn": 0.0}
-    tokens = 0
+    mha, ffn, tokens = 0.0, 0.0, 0
     with torch.no_grad(), Collector(layer, wanted) as collector:
         for batch in batches:
             collector.expect(batch)
@@ -191,13 +203,16 @@ def observe(
             after = batch.run(layer, index, before)
             middle = between.pop()
             if similarity:
-                cosines["mha"] += cosine_sum(before, middle, batch.mask)
-                cosines["ffn"] += cosine_sum(middle, after, batch.mask)
+                mha += cosine_sum(before, middle, batch.mask)
+                ffn += cosine_sum(middle, after, batch.mask)
             batch.advance(after, index)
             tokens += batch.tokens
     listener.remove()
-    similarities = {sublayer: total / tokens for sublayer, total in cosines.items()}
-    return collector.statistics(index), similarities if similarity else {}
+    inputs = collector.statistics(index, processes)
+    if not similarity:
+        return inputs, {}
+    mha, ffn, total = processes.total(mha, ffn, tokens)
+    return inputs, {"mha": mha / total, "ffn": ffn / total}
 
 
 def _measure_forward_(
@@ -206,6 +221,7 @@ def _measure_forward_(
     decoder: Decoder,
     config: CompressionConfig,
     batches: Sequence[Batch],
+    processes: Processes,
 ) -> dict[Input, InputStatistics]:
     """Run a layer over the batches, and add what it tells to what was measured."""
     family = decoder.family
@@ -217,26 +233,51 @@ def _measure_forward_(
 
     wanted = wanted_statistics(family, layer.plan, statistics_of)
     inputs, similarities = observe(
-        layer.module, layer.index, family, wanted, batches, similarity=config.measures_similarity
+        layer.module,
+        layer.index,
+        family,
+        wanted,
+        batches,
+        similarity=config.measures_similarity,
+        processes=processes,
     )
     for sublayer, similarity in similarities.items():
         measured.similarities[layer.index, sublayer] = similarity
     names = {**family.attention, **family.ffn}
     original = decoder.split(layer.original)
-    for name, module in layer.plan.items():
-        path = f"layers.{layer.index}.{name}"
-        if module.untouched:
-            continue
-        if module.sublayer in config.spectrum_sublayers:
-            parts = [original[f"{names[role]}.weight"] for role in module.roles]
-            weight = parts[0] if len(parts) == 1 else stacked(parts)
+
+    def weight(module: ModulePlan) -> Tensor:
+        roles = module.roles if module.kind != "channels" else ("down",)
+        parts = [original[f"{names[role]}.weight"] for role in roles]
+        return parts[0] if len(parts) == 1 else stacked(parts)
+
+    def is_factored(module: ModulePlan) -> bool:
+        return module.sublayer in config.spectrum_sublayers
+
+    def cost(job: tuple[str, ModulePlan]) -> float:
+        shape = weight(job[1]).shape
+        return shape.numel() * min(shape) if is_factored(job[1]) else shape[1] ** 3
+
+    def errors(job: tuple[str, ModulePlan]) -> Result:
+        """Singular values of what is factored, losses of what loses channels."""
+        module = job[1]
+        given = inputs.get(INPUT_OF[module.roles[0]])
+        if is_factored(module):
             method = low_rank_method(config, module.sublayer)
-            factors = factorise(weight, inputs.get(INPUT_OF[module.roles[0]]), 0, method, config)
-            measured.spectra[path] = factors.singular_values.cpu()
-        elif config.is_marginal:
-            down, moment = original[f"{names['down']}.weight"], inputs["down"].sums["moment"]
-            _, losses = removal_order(down, moment, module.units - 1, config.ridge)
-            measured.losses[path] = losses.cpu()
+            factors = factorise(weight(module), given, 0, method, config)
+            return {"": factors.singular_values.cpu()}, None
+        moment = inputs["down"].sums["moment"]
+        _, losses = removal_order(weight(module), moment, module.units - 1, config.ridge)
+        return {"": losses.cpu()}, None
+
+    jobs = [
+        job
+        for job in layer.plan.items()
+        if not job[1].untouched and (is_factored(job[1]) or config.is_marginal)
+    ]
+    for (name, module), (found, _) in processes.each(jobs, cost, errors):
+        kind = measured.spectra if is_factored(module) else measured.losses
+        kind[f"layers.{layer.index}.{name}"] = found[""]
     return inputs
 
 
@@ -278,6 +319,7 @@ def _gradient_scores(
     gradients: list[Kept],
     store: Store,
     targets: int,
+    processes: Processes,
 ) -> dict[Sublayer, Tensor]:
     """Return the scores of a layer's channels and heads; `gradients` become those of its input."""
     family = decoder.family
@@ -306,6 +348,7 @@ def _gradient_scores(
         gradients[number] = store.keep(by_input)
         for total, gradient in zip(sums, found, strict=True):
             total += gradient
+    processes.sum_(*sums)
     by_weight = decoder.split(dict(zip(linears, sums, strict=True)))
     original = decoder.split(layer.original)
     scores = {

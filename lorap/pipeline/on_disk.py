@@ -29,11 +29,13 @@ from lorap.data.tokenizers import load_tokenizer
 from lorap.errors import UsageError
 from lorap.families import family_of
 from lorap.pages.report_page import report_page
+from lorap.pipeline.activations import Store
 from lorap.pipeline.estimate import estimate
 from lorap.pipeline.forward import Batch, Decoder, Samples
 from lorap.pipeline.inspection import Inspection
 from lorap.pipeline.layers import LayerResult, compress_layers, run_compressed, run_dense
 from lorap.pipeline.measure import measured_plan
+from lorap.pipeline.processes import ALONE, Processes
 from lorap.pipeline.progress import Progress, Steps
 from lorap.pipeline.streaming import WriteBehind, read_ahead
 from lorap.plan import Measurements, Plan, draft_plan, make_plan
@@ -56,6 +58,7 @@ def compress_checkpoint(
     allow_bin: bool = False,
     command: str | None = None,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Compress a checkpoint on disk or on the hub into a folder, one layer in memory at a time.
 
@@ -86,6 +89,11 @@ def compress_checkpoint(
     command : str, optional
         The command line, for the report.
     progress : callable, optional
+        Of process 0 alone.
+    processes : Processes, optional
+        That do this together, each of which calls this with the same arguments; from
+        :func:`lorap.pipeline.processes.join`. All read the model; process 0 does everything else
+        that touches files. By default this one is alone.
 
     Returns
     -------
@@ -97,14 +105,22 @@ def compress_checkpoint(
     UsageError
         If anything given cannot be used; before any work, and with nothing written.
     LorapError
-        If weights or activations are not finite, or the hub cannot be reached.
+        If weights or activations are not finite, the hub cannot be reached, or another process has
+        failed.
     """
+    processes = processes or ALONE
+    if config.samples < processes.size:
+        raise UsageError(
+            f"samples {config.samples}: expected at least one for each of the {processes.size} "
+            "processes"
+        )
+    if processes.rank:
+        return _assist(model, config, processes, revision=revision, allow_bin=allow_bin)
     started = time.perf_counter()
     output = Path(output)
     given = (Path(os.path.expanduser(name)) for name in (model, calibration))
     inputs = [path for path in given if path.exists()]
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype)
+    device = processes.device(choose_device(config.device))
     place = check_output(output, overwrite=overwrite, inputs=inputs)
     check_leftovers(place, overwrite=overwrite, resume=resume)
     # What the configuration and the calibration data show wrong, before the weights are fetched.
@@ -117,25 +133,31 @@ def compress_checkpoint(
     check_output(
         output, overwrite=overwrite, needed_bytes=_bytes_after(reader, draft), inputs=inputs
     )
-    decoder = decoder_of(reader, device, dtype)
-    samples = Samples(chosen.input_ids, batch_size=config.batch_size)
+    processes.wait()
+    _meet(processes, reader, device)
+    ids = processes.share({"input_ids": chosen.input_ids})["input_ids"]
+    decoder, samples = _own_part(processes, reader, config, device, ids)
     others = reader.shards_of_others()
     writer = CheckpointWriter(
         output,
         overwrite=overwrite,
-        run=_run(reader, chosen, config, device),
+        run=_run(reader, chosen, config, device) | {"processes": processes.size},
         resume=resume,
         shards=decoder.layers + len(others),
     )
     with writer, Inspection(reader.iter_tensors()) as inspection:
-        store = decoder.store(samples, config, writer.folder)
+        store = decoder.store(samples, config, writer.folder, processes.local_size)
         advance = Steps(progress, config, decoder.layers)
-        plan, measurements = _measured(writer, decoder, samples, draft, config, advance)
+        plan, measurements = _measured(
+            writer, decoder, samples, store, draft, config, processes, advance
+        )
         batches = decoder.embed(samples, store, dense=config.dense_target is not None)
-        records = _resumed(writer, decoder, plan, batches, advance)
+        records = _resumed(writer, decoder, plan, batches, processes, advance)
         resumed = len(records)
         with WriteBehind() as behind:
-            for layer in compress_layers(decoder, batches, plan, config, measurements, resumed):
+            for layer in compress_layers(
+                decoder, batches, plan, config, measurements, resumed, processes
+            ):
                 inspection.check()
                 behind(_write_layer, writer, reader, layer)
                 records.append((layer.modules, layer.seconds))
@@ -152,6 +174,7 @@ def compress_checkpoint(
             calibration=chosen,
             layers=records,
             resumed_layers=resumed,
+            processes=processes.size,
             device=device,
             seconds=time.perf_counter() - started,
             command=command
@@ -169,7 +192,75 @@ def compress_checkpoint(
         writer.write_text("README.md", card)
         inspection.finish()
         writer.commit(family.compressed_config(reader.config, plan.structure()), reader.outer)
-    return summary
+    return processes.tell(summary)
+
+
+def _assist(
+    model: str | Path,
+    config: CompressionConfig,
+    processes: Processes,
+    *,
+    revision: str | None,
+    allow_bin: bool,
+) -> dict[str, Any]:
+    """Do this process's part of what process 0 does; every exchange here has its match there."""
+    # Process 0 goes first: it may have to fetch the model.
+    processes.wait()
+    reader = open_checkpoint(model, revision=revision, allow_bin=allow_bin)
+    device = processes.device(choose_device(config.device))
+    draft = draft_plan(reader.config, reader.family, config)
+    _meet(processes, reader, device)
+    ids = processes.share({})["input_ids"]
+    decoder, samples = _own_part(processes, reader, config, device, ids)
+    store = decoder.store(samples, config, sharing=processes.local_size)
+    advance = Steps(None, config, decoder.layers)
+    plan, measurements = _measured(None, decoder, samples, store, draft, config, processes, advance)
+    batches = decoder.embed(samples, store, dense=config.dense_target is not None)
+    first = len(_resumed(None, decoder, plan, batches, processes, advance))
+    for _ in compress_layers(decoder, batches, plan, config, measurements, first, processes):
+        pass
+    report: dict[str, Any] = processes.tell({})
+    return report
+
+
+def _meet(processes: Processes, reader: CheckpointReader, device: torch.device) -> None:
+    """Make sure that all processes have the same before them, and that none has failed by now.
+
+    Raises
+    ------
+    UsageError
+        If this process reads another model than process 0, or has other packages or another kind
+        of device.
+    """
+    model = hashlib.sha256((reader.path / files.CONFIG).read_bytes())
+    # Without the times of change, which differ from machine to machine.
+    sizes = {tensor.file.name: tensor.file.stat().st_size for tensor in reader.tensors.values()}
+    model.update(repr(sorted(sizes.items())).encode())
+    own = {
+        "device": device.type,
+        "model": f"one of digest {model.hexdigest()[:8]}",
+        **{f"version of {package}": version for package, version in versions().items()},
+    }
+    for what, expected in processes.tell(own).items():
+        if own[what] != expected:
+            raise UsageError(
+                f"process {processes.rank} of {processes.size}: its {what} is {own[what]}, that of "
+                f"process 0 {expected}; expected the same for all"
+            )
+    processes.wait()
+
+
+def _own_part(
+    processes: Processes,
+    reader: CheckpointReader,
+    config: CompressionConfig,
+    device: torch.device,
+    ids: Tensor,
+) -> tuple[Decoder, Samples]:
+    """Return the model, and this process's samples of all ``(N, L)``."""
+    decoder = decoder_of(reader, device, choose_dtype(config.dtype))
+    own = ids[processes.part(len(ids))]
+    return decoder, Samples(own, batch_size=config.batch_size, whole=ids)
 
 
 def _run(
@@ -217,57 +308,78 @@ def _write_layer(writer: CheckpointWriter, reader: CheckpointReader, layer: Laye
 
 
 def _measured(
-    writer: CheckpointWriter,
+    writer: CheckpointWriter | None,
     decoder: Decoder,
     samples: Samples,
+    store: Store,
     draft: Plan,
     config: CompressionConfig,
+    processes: Processes,
     advance: Steps,
 ) -> tuple[Plan, Measurements]:
-    """Return plan and measurements, those of an earlier run where it got so far."""
+    """Return plan and measurements, those of an earlier run where it got so far.
+
+    Parameters
+    ----------
+    writer : CheckpointWriter or None
+        Of process 0.
+    decoder, samples, store, draft, config, advance, processes
+        As for ``measured_plan``.
+    """
+    if not config.measures:
+        return draft, Measurements()
     path = decoder.family.layers_path
-    found = writer.journal.find(_MEASURED) if config.measures else None
-    if found is not None:
+    found = writer.journal.find(_MEASURED) if writer is not None else None
+    tensors = {} if found is None else found[1]
+    if processes.tell(found is not None):
         advance.skip_measurement()
-        measurements = Measurements.of_tensors(found[1], path, decoder.device)
-        return make_plan(decoder.config, decoder.family, config, measurements), measurements
-    store = decoder.store(samples, config, writer.folder)
-    plan, measurements = measured_plan(decoder, samples, store, draft, config, advance)
-    if config.measures:
-        writer.journal.record(_MEASURED, {}, tensors=measurements.tensors(path))
-    return plan, measurements
+    else:
+        _, measured = measured_plan(decoder, samples, store, draft, config, advance, processes)
+        tensors = measured.tensors(path)
+        if writer is not None:
+            writer.journal.record(_MEASURED, {}, tensors=tensors)
+    measurements = Measurements.of_tensors(processes.share(tensors), path, decoder.device)
+    return make_plan(decoder.config, decoder.family, config, measurements), measurements
 
 
 def _resumed(
-    writer: CheckpointWriter,
+    writer: CheckpointWriter | None,
     decoder: Decoder,
     plan: Plan,
     batches: Sequence[Batch],
+    processes: Processes,
     advance: Steps,
 ) -> list[tuple[dict[str, Any], float]]:
     """Take over the layers that an earlier run has finished, and run the samples through them.
+
+    Parameters
+    ----------
+    writer : CheckpointWriter or None
+        Of process 0, from which the others have the layers.
+    decoder, plan, batches, processes, advance
+        As for ``compress_layers``.
 
     Returns
     -------
     list of (modules, seconds)
         As in ``LayerResult``, one pair for each.
     """
-    records: list[tuple[dict[str, Any], float]] = []
-    shards: list[str] = []
-    for index in range(decoder.layers):
-        found = writer.journal.find(_layer_record(index))
+    finished: list[dict[str, Any]] = []
+    while writer is not None and len(finished) < decoder.layers:
+        found = writer.journal.find(_layer_record(len(finished)))
         if found is None:
             break
-        content, _ = found
-        shards.append(content["shard"])
-        records.append((content["modules"], content["seconds"]))
-    config = decoder.compressed_config(plan.structure())
+        finished.append(found[0])
+    finished = processes.tell(finished)
 
     def load(index: int) -> dict[str, Tensor]:
-        return writer.load_shard(shards[index])
+        return {} if writer is None else writer.load_shard(finished[index]["shard"])
 
-    for index, tensors in read_ahead(load, range(len(shards))):
-        writer.adopt_shard(tensors)
+    config = decoder.compressed_config(plan.structure())
+    for index, read in read_ahead(load, range(len(finished))):
+        tensors = processes.share(read)
+        if writer is not None:
+            writer.adopt_shard(tensors)
         marker = f"{decoder.family.layers_path}.{index}."
         own = {
             name.partition(marker)[2]: tensor.to(decoder.device) for name, tensor in tensors.items()
@@ -277,7 +389,7 @@ def _resumed(
             dense = decoder.build(decoder.compressed_config(None), index, decoder.tensors(index))
             run_dense(dense, index, batches)
         advance()
-    return records
+    return [(layer["modules"], layer["seconds"]) for layer in finished]
 
 
 def _statistics(

@@ -1,7 +1,8 @@
 """How much the model minds: a few samples run through it once for each module, small by itself.
 
 The streams of all modules before a layer go through it together, so that a layer is built once for
-all of them; in the end the predictions are compared with the model's own.
+all of them; in the end the predictions are compared with the model's own. Of several processes each
+has the streams of some modules, and all samples.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from lorap.config import CompressionConfig
 from lorap.families.fused import join
 from lorap.ops.marginal import divergence_sum
 from lorap.pipeline.activations import Store
-from lorap.pipeline.forward import PROBES, Batch, Decoder, Head, Samples
+from lorap.pipeline.forward import Batch, Decoder, Head, Samples
+from lorap.pipeline.processes import Processes
 from lorap.pipeline.statistics import Input, InputStatistics
 from lorap.pipeline.sublayers import LayerTensors
 from lorap.plan import probe_plan
@@ -33,10 +35,11 @@ class Probes:
     ----------
     decoder : Decoder
     samples : Samples
-        The first ``PROBES`` are taken.
+        Their probes are taken.
     store : Store
         Where the hidden states wait between layers.
     config : CompressionConfig
+    processes : Processes
 
     Notes
     -----
@@ -44,14 +47,19 @@ class Probes:
     """
 
     def __init__(
-        self, decoder: Decoder, samples: Samples, store: Store, config: CompressionConfig
+        self,
+        decoder: Decoder,
+        samples: Samples,
+        store: Store,
+        config: CompressionConfig,
+        processes: Processes,
     ) -> None:
-        mask = None if samples.mask is None else samples.mask[:PROBES]
-        self._samples = Samples(samples.input_ids[:PROBES], mask, samples.batch_size)
-        self._decoder, self._config = decoder, config
+        self._samples = samples.probes()
+        self._decoder, self._config, self._processes = decoder, config, processes
         self._plan = probe_plan(decoder.config, decoder.family, config)
         self._own = decoder.embed(self._samples, store)
         self._streams: dict[str, list[Batch]] = {}
+        self._owners: dict[str, int] = {}
 
     def advance_(
         self,
@@ -82,6 +90,10 @@ class Probes:
         for name, module in self._plan.layers[index].items():
             if module.kind == "dense":
                 continue
+            path = f"layers.{index}.{name}"
+            self._owners[path] = len(self._owners) % self._processes.size
+            if self._owners[path] != self._processes.rank:
+                continue
             small = LayerTensors(
                 self._decoder.family, self._config, self._decoder.split(original), dict(inputs)
             )
@@ -93,7 +105,7 @@ class Probes:
                 index,
                 join(self._decoder.family, structure[index], small.tensors),
             )
-            self._streams[f"layers.{index}.{name}"] = stream = [copy.copy(b) for b in self._own]
+            self._streams[path] = stream = [copy.copy(batch) for batch in self._own]
             _run(built, index, stream)
         _run(layer, index, self._own)
 
@@ -109,7 +121,10 @@ class Probes:
                     found = head.logits(ids, mask, stream[number].kept.load())
                     totals[path] += divergence_sum(expected, found, mask)
         tokens = sum(batch.tokens for batch in self._own)
-        return {path: total / tokens for path, total in totals.items()}
+        return {
+            path: self._processes.tell(totals.get(path, 0.0), owner) / tokens
+            for path, owner in self._owners.items()
+        }
 
 
 def _run(layer: nn.Module, index: int, stream: list[Batch]) -> None:

@@ -17,6 +17,7 @@ from lorap.families.fused import join
 from lorap.ops.regression import regressed_weight
 from lorap.ops.statistics import cross_moment
 from lorap.pipeline.forward import Batch, Decoder
+from lorap.pipeline.processes import Processes, Result
 from lorap.pipeline.statistics import (
     INPUT_OF,
     Input,
@@ -24,6 +25,7 @@ from lorap.pipeline.statistics import (
     Statistic,
     add_to_,
     check_input,
+    sum_over_,
 )
 from lorap.pipeline.sublayers import LayerTensors, statistics_of
 
@@ -43,6 +45,7 @@ def compress_by_stages_(
     batches: Sequence[Batch],
     index: int,
     structure: Sequence[LayerStructure],
+    processes: Processes,
 ) -> None:
     """Carry out the plan of a layer, each stage on what the stages before it give.
 
@@ -60,6 +63,7 @@ def compress_by_stages_(
         Of the layer.
     structure : sequence of mapping
         Of the compressed model.
+    processes : Processes
 
     Raises
     ------
@@ -91,22 +95,29 @@ def compress_by_stages_(
             tensors = join(family, partial[index], layer.tensors)
             current = decoder.build(decoder.compressed_config(partial), index, tensors)
             name = family.dense_name(names[here[0][1]])
-            inputs, cross = _collect((current, dense), name, batches, index, wanted)
+            inputs, cross = _collect((current, dense), name, batches, index, wanted, processes)
             del current, tensors
             layer.inputs[stage] = inputs
-            for module, role in here:
-                weight = layer.weight(role)
-                moment = inputs.sums["moment"]
-                found = regressed_weight(weight, moment, cross, share, config.ridge)
+            moment = inputs.sums["moment"]
+
+            def regressed(
+                job: tuple[ModulePlan, str], moment: Tensor = moment, cross: Tensor = cross
+            ) -> Result:
+                weight = layer.weight(job[1])
+                return {"": regressed_weight(weight, moment, cross, share, config.ridge)}, None
+
+            found = processes.each(here, lambda job: layer.weight(job[1]).numel(), regressed)
+            for (module, role), (weights, _) in found:
                 # What waits for the rest of its block runs as it will be stored.
                 waits = _last(module) != stage
-                layer.replace_(role, found.to(weight.dtype) if waits else found)
+                dtype = layer.weight(role).dtype
+                layer.replace_(role, weights[""].to(dtype) if waits else weights[""])
         finished = {
             name: module
             for name, module in plan.items()
             if name not in done and _last(module) == stage
         }
-        layer.compress_(finished, f"layers.{index}")
+        layer.compress_(finished, f"layers.{index}", processes)
         done |= finished
 
 
@@ -121,6 +132,7 @@ def _collect(
     batches: Sequence[Batch],
     index: int,
     wanted: frozenset[Statistic],
+    processes: Processes,
 ) -> tuple[InputStatistics, Tensor]:
     """Take statistics of an input, and its cross moment with that of the uncompressed model.
 
@@ -133,6 +145,7 @@ def _collect(
     batches : sequence of Batch
     index : int
     wanted : frozenset
+    processes : Processes
     """
     sums: dict[Statistic, Tensor] = {}
     cross: Tensor | None = None
@@ -148,8 +161,11 @@ def _collect(
             found = cross_moment(other, own, batch.mask)
             cross = found if cross is None else cross + found
     assert cross is not None
+    sum_over_(processes, sums)
+    processes.sum_(cross)
+    (tokens,) = processes.total(sum(batch.tokens for batch in batches))
     check_input(layers[0], name, index, (*sums.values(), cross))
-    return InputStatistics(sum(batch.tokens for batch in batches), sums), cross
+    return InputStatistics(int(tokens), sums), cross
 
 
 class _ReachedError(Exception):

@@ -19,6 +19,7 @@ from lorap.ops.statistics import (
     token_sum,
 )
 from lorap.pipeline.forward import Batch
+from lorap.pipeline.processes import ALONE, Processes
 
 Statistic = Literal["squares", "magnitudes", "sum", "moment"]
 """Sums over the tokens, of an input's squared features, of their magnitudes, of the features
@@ -136,26 +137,34 @@ class Collector:
 
         return hook
 
-    def statistics(self, index: int) -> dict[Input, InputStatistics]:
-        """Return what was taken.
+    def statistics(self, index: int, processes: Processes = ALONE) -> dict[Input, InputStatistics]:
+        """Return what was taken, in all processes together.
 
         Parameters
         ----------
         index : int
             Of the layer, for the error.
+        processes : Processes
 
         Raises
         ------
         LorapError
             If an input is not finite.
         """
+        for taken in self._sums.values():
+            sum_over_(processes, taken)
+        (tokens,) = processes.total(self._tokens)
         for kind, taken in self._sums.items():
             check_input(self._layer, self._wanted[kind].module, index, taken.values())
-        return {kind: InputStatistics(self._tokens, taken) for kind, taken in self._sums.items()}
+        return {kind: InputStatistics(int(tokens), taken) for kind, taken in self._sums.items()}
 
 
 def collect(
-    layer: nn.Module, wanted: Mapping[Input, Wanted], batches: Sequence[Batch], index: int
+    layer: nn.Module,
+    wanted: Mapping[Input, Wanted],
+    batches: Sequence[Batch],
+    index: int,
+    processes: Processes = ALONE,
 ) -> dict[Input, InputStatistics]:
     """Run a layer over the batches, which stay where they are, and take statistics.
 
@@ -165,7 +174,9 @@ def collect(
         Decoder layer `index`.
     wanted : mapping
     batches : sequence of Batch
+        Those of this process.
     index : int
+    processes : Processes
 
     Raises
     ------
@@ -176,7 +187,7 @@ def collect(
         for batch in batches:
             collector.expect(batch)
             batch.run(layer, index)
-    return collector.statistics(index)
+    return collector.statistics(index, processes)
 
 
 def add_to_(
@@ -199,6 +210,13 @@ def add_to_(
     for statistic in wanted:
         total = TAKEN[statistic](inputs, mask)
         sums[statistic] = sums[statistic] + total if statistic in sums else total
+
+
+def sum_over_(processes: Processes, sums: Mapping[Statistic, Tensor]) -> None:
+    """Add up what each process took of its samples."""
+    # In the order of the names: that of a set differs from process to process.
+    for _, total in sorted(sums.items()):
+        processes.sum_(total)
 
 
 def check_input(layer: nn.Module, module: str, index: int, totals: Iterable[Tensor]) -> None:

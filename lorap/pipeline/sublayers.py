@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from lorap.ops.pruning import kept_channels, prune_ffn
 from lorap.ops.regression import least_squares_update, removal_order
 from lorap.pipeline.factors import STATISTICS, factorise, squared_error
 from lorap.pipeline.inspection import check_weight
+from lorap.pipeline.processes import ALONE, Processes, Result
 from lorap.pipeline.statistics import INPUT_OF, Input, InputStatistics, Statistic, Wanted
 
 if TYPE_CHECKING:
@@ -127,29 +128,67 @@ class LayerTensors:
         self.dtypes[name] = self.tensors[f"{name}.weight"].dtype
         self.tensors[f"{name}.weight"] = weight
 
-    def compress_(self, plan: LayerPlan, where: str) -> None:
+    def compress_(self, plan: LayerPlan, where: str, processes: Processes = ALONE) -> None:
         """Carry out the plan of the layer, or of some of its modules.
+
+        Parameters
+        ----------
+        plan : mapping
+        where : str
+            What the layer is, for the error.
+        processes : Processes
+            Each module is done by one of them.
 
         Raises
         ------
         LorapError
             If a compressed weight is not finite; the message begins with `where`.
         """
-        for name, module in plan.items():
-            self.report[name] = module.to_dict()
-            if module.kind == "low_rank":
-                self.report[name] |= self._factor_(module)
-            elif module.kind == "channels":
-                self.report[name] |= self._prune_channels_(module)
-            elif module.kind == "heads":
-                self.report[name] |= self._prune_heads_(module)
-            for role in module.roles:
-                key = f"{self._name(role)}.weight"
-                if key in self.tensors:
-                    dtype = self._dtype(role, self.tensors[key])
-                    self.tensors[key] = self.tensors[key].to(dtype)
+        for (name, _), (changed, said) in processes.each(
+            list(plan.items()), lambda job: self._cost(job[1]), lambda job: self._compressed(job[1])
+        ):
+            for gone in said["gone"]:
+                del self.tensors[gone]
+            self.tensors |= changed
+            self.report[name] = said["report"]
         for name, tensor in self.tensors.items():
             check_weight(f"{where}.{name}", tensor, "the compressed weight")
+
+    def _cost(self, module: ModulePlan) -> float:
+        """Return about how many multiplications a module takes."""
+        sides = {role: self.weight(role).shape for role in module.roles}
+        if module.kind == "low_rank":
+            d_out, d_in = sum(side[0] for side in sides.values()), sides[module.roles[0]][1]
+            return d_out * d_in * min(d_out, d_in)
+        reader: Input = "down" if "down" in sides else "o"
+        if module.kind != "dense" and "moment" in self._sums_of(reader):
+            return sides[reader][1] ** 3
+        return sum(side.numel() for side in sides.values())
+
+    def _sums_of(self, kind: Input) -> Mapping[Statistic, Tensor]:
+        return self.inputs[kind].sums if kind in self.inputs else {}
+
+    def _compressed(self, module: ModulePlan) -> Result:
+        """Return the tensors that a module gets, and which go, and what there is to say of it."""
+        new = replace(self, tensors=dict(self.tensors))
+        report = module.to_dict()
+        if module.kind == "low_rank":
+            report |= new._factor_(module)
+        elif module.kind == "channels":
+            report |= new._prune_channels_(module)
+        elif module.kind == "heads":
+            report |= new._prune_heads_(module)
+        for role in module.roles:
+            key = f"{self._name(role)}.weight"
+            if key in new.tensors:
+                new.tensors[key] = new.tensors[key].to(self._dtype(role, new.tensors[key]))
+        changed = {
+            name: tensor
+            for name, tensor in new.tensors.items()
+            if tensor is not self.tensors.get(name)
+        }
+        gone = [name for name in self.tensors if name not in new.tensors]
+        return changed, {"report": report, "gone": gone}
 
     def _dtype(self, role: str, weight: Tensor) -> torch.dtype:
         """Return what a linear's weights are stored in."""
@@ -258,7 +297,7 @@ class LayerTensors:
             Input features that stay.
         """
         key = f"{self._name(role)}.weight"
-        sums = self.inputs[INPUT_OF[role]].sums if INPUT_OF[role] in self.inputs else {}
+        sums = self._sums_of(INPUT_OF[role])
         if "moment" not in sums:
             return {}
         moment = sums["moment"]
