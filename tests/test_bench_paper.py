@@ -267,12 +267,12 @@ def test_cells_know_their_data_by_its_contents(place: Path, tmp_path: Path) -> N
         text.write_text(content)
         data._identity.cache_clear()
         store = runner.Store(tmp_path, no_sources(place, calibration=str(text)))
-        names.append(store._name(cell))
+        names.append(store.name(cell))
     assert names[0] != names[1]
     renamed = dataclasses.replace(cell, labels={"method": "another"})
-    assert store._name(renamed) == names[1]
+    assert store.name(renamed) == names[1]
     other = dataclasses.replace(cell, arguments={"settings": {"ratio": 0.4}})
-    assert store._name(other) != names[1]
+    assert store.name(other) != names[1]
 
 
 def test_a_setting_that_is_refused_is_a_row(place: Path, tmp_path: Path) -> None:

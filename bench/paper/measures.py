@@ -66,7 +66,7 @@ def quality(
     pool : int
         Rows that are sampled to choose the calibration samples from.
     """
-    with TemporaryDirectory(dir=data.folder) as name:
+    with TemporaryDirectory(dir=data.folder, prefix="making-") as name:
         try:
             model, row = _made(data, settings, recovery, pool, Path(name))
         except UsageError as refusal:
@@ -148,7 +148,7 @@ def sizes(
         "MACs of dense": plan.macs / plan.macs_before,
     }
     if shape is None:
-        with TemporaryDirectory(dir=data.folder) as name:
+        with TemporaryDirectory(dir=data.folder, prefix="making-") as name:
             # The samples are as long as ever; only the plan is for the shorter sequence.
             usual = {key: value for key, value in settings.items() if key != "seqlen"}
             path, _ = _made(data, usual, None, CALIBRATION, Path(name))
@@ -241,7 +241,7 @@ def generations(
             max_positions=None,
         )
         begun = [chunk[None, :8] for chunk in chunks[:3]]
-    with TemporaryDirectory(dir=data.folder) as name:
+    with TemporaryDirectory(dir=data.folder, prefix="making-") as name:
         try:
             path, _ = _made(data, settings, recovery, CALIBRATION, Path(name))
         except UsageError as refusal:

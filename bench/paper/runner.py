@@ -38,9 +38,14 @@ class Store:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._common = {"data": data.identity(), "versions": versions()}
 
+    def name(self, cell: Cell) -> str:
+        """Return the name of a cell's file."""
+        text = json.dumps(self._key(cell), sort_keys=True)
+        return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
     def find(self, cell: Cell) -> list[Row] | None:
         """Return what was measured; None where nothing was."""
-        path = self._folder / self._name(cell)
+        path = self._folder / self.name(cell)
         if not path.exists():
             return None
         rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
@@ -49,7 +54,7 @@ class Store:
     def add(self, cell: Cell, rows: Sequence[Row], seconds: float) -> None:
         """Store what was measured: written aside, then renamed."""
         content = self._key(cell) | {"seconds": seconds, "rows": list(rows)}
-        write_files(self._folder, {self._name(cell): json.dumps(content, indent=1)})
+        write_files(self._folder, {self.name(cell): json.dumps(content, indent=1)})
 
     def _key(self, cell: Cell) -> dict[str, Any]:
         arguments = dict(cell.arguments)
@@ -57,10 +62,6 @@ class Store:
             # With the defaults, which may be given or not.
             arguments["settings"] = configured(arguments["settings"]).to_dict()
         return {"measure": cell.measure.__name__, "arguments": arguments, **self._common}
-
-    def _name(self, cell: Cell) -> str:
-        text = json.dumps(self._key(cell), sort_keys=True)
-        return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
 def run(cells: Sequence[Cell], data: Data, store: Store, *, again: bool, say: Say) -> list[Row]:
@@ -76,23 +77,17 @@ def run(cells: Sequence[Cell], data: Data, store: Store, *, again: bool, say: Sa
     say : callable
         Called with a line after each cell that was measured.
     """
-    left = [cell for cell in cells if again or store.find(cell) is None]
-    done: set[int] = set()
+    left = {store.name(cell): cell for cell in cells if again or store.find(cell) is None}
     began = time.perf_counter()
-    rows: list[Row] = []
-    for cell in cells:
-        found = store.find(cell)
-        if found is None or (again and id(cell) not in done):
-            start = time.perf_counter()
-            found = cell.measure(data, **cell.arguments)
-            now = time.perf_counter()
-            store.add(cell, found, now - start)
-            done.add(id(cell))
-            rest = (now - began) / len(done) * (len(left) - len(done))
-            labels = ", ".join(f"{name} {value}" for name, value in cell.labels.items())
-            say(
-                f"{len(done)} of {len(left)}: {labels or cell.measure.__name__}, "
-                f"{duration(now - start)}; about {duration(max(rest, 0.0))} left"
-            )
-        rows += [{**cell.labels, **row} for row in found]
-    return rows
+    for done, cell in enumerate(left.values(), 1):
+        start = time.perf_counter()
+        found = cell.measure(data, **cell.arguments)
+        now = time.perf_counter()
+        store.add(cell, found, now - start)
+        rest = (now - began) / done * (len(left) - done)
+        labels = ", ".join(f"{name} {value}" for name, value in cell.labels.items())
+        say(
+            f"{done} of {len(left)}: {labels or cell.measure.__name__}, {duration(now - start)}; "
+            f"about {duration(rest)} left"
+        )
+    return [{**cell.labels, **row} for cell in cells for row in store.find(cell) or ()]
