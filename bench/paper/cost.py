@@ -118,12 +118,11 @@ def _decompositions(model: Plan, config: CompressionConfig) -> float:
 
 
 def say_cost(cells: Sequence[Cell], stored: int, data: Data) -> str:
-    """Return what the cells that are left cost, for the model and for LLaMA-7B as a whole.
+    """Return what all cells cost, for the model and for LLaMA-7B.
 
     Parameters
     ----------
     cells : sequence of Cell
-        All of them.
     stored : int
         Those that are there already.
     data : Data
