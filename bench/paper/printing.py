@@ -24,7 +24,7 @@ _PERCENT = (
 
 
 def beside(rows: Sequence[Row], study: Study) -> tuple[list[str], list[Row]]:
-    """Put the paper's values into the rows that they belong to, and its other rows behind.
+    """Put the paper's values into the rows that they belong to, its others of these ratios behind.
 
     Returns
     -------
@@ -43,7 +43,12 @@ def beside(rows: Sequence[Row], study: Study) -> tuple[list[str], list[Row]]:
                 used.add(at)
                 more |= {name: known[name] for name in known if name.startswith(PAPER)}
         joined.append(row | more)
-    joined += [dict(known) for at, known in enumerate(study.paper) if at not in used]
+    ratios = {row.get("ratio") for row in ours}
+    joined += [
+        dict(known)
+        for at, known in enumerate(study.paper)
+        if at not in used and known["ratio"] in ratios
+    ]
     names = dict.fromkeys(
         name for row in joined for name, value in row.items() if not isinstance(value, list)
     )
