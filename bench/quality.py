@@ -22,11 +22,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
 
 import lorap
+from bench.sampling import CALIBRATION, EVALUATION, write_samples
 from lorap.evaluation import evaluate_perplexity
 from lorap.runtime import versions
 
@@ -58,34 +57,6 @@ METHODS: tuple[str, ...] = (
     "allocation=mgaa-within mha=pca ffn=pca",
 )
 """Settings that the papers compare, and LoRAP itself first."""
-
-
-def sample_ids(model: Any, count: int, length: int, seed: int) -> torch.Tensor:
-    """Sample sequences from a model, at temperature 1.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    count, length : int
-        Sequences, and tokens in each, BOS included.
-    seed : int
-
-    Returns
-    -------
-    (count, length) Tensor of int64
-    """
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.full((count, 1), model.config.bos_token_id)
-    cache = None
-    step = ids
-    with torch.no_grad():
-        for _ in range(length - 1):
-            output = model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            probabilities = output.logits[:, -1].double().softmax(-1)
-            step = torch.multinomial(probabilities, 1, generator=generator)
-            ids = torch.cat([ids, step], dim=1)
-    return ids
 
 
 def parse_settings(text: str) -> dict[str, Any]:
@@ -147,9 +118,11 @@ def main() -> None:
         calibration, evaluation = arguments.calibration, arguments.evaluation
         if calibration is None or evaluation is None:
             dense = AutoModelForCausalLM.from_pretrained(arguments.model)
-            sampled = sample_ids(dense, 128 + 192, 128, arguments.seed).numpy()
-            np.save(folder / "calibration.npy", sampled[:128])
-            np.save(folder / "evaluation.npy", sampled[128:])
+            files = {
+                folder / "calibration.npy": CALIBRATION,
+                folder / "evaluation.npy": EVALUATION,
+            }
+            write_samples(dense, files, seed=arguments.seed)
             calibration = calibration or str(folder / "calibration.npy")
             evaluation = evaluation or str(folder / "evaluation.npy")
         before = evaluate_perplexity(arguments.model, evaluation)

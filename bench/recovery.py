@@ -16,17 +16,12 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-
 import lorap
-from bench.quality import sample_ids
+from bench.sampling import CALIBRATION, EVALUATION, write_samples
 from lorap.evaluation import evaluate_perplexity
 from lorap.recovery.merging import Mode
 from lorap.recovery.training import PACKAGES
 from lorap.runtime import versions
-
-LENGTH, CALIBRATION, EVALUATION = 128, 128, 192
-"""Tokens in a row, and rows of two of the sets."""
 
 MODES: tuple[Mode, ...] = ("exact", "same-size")
 
@@ -58,14 +53,12 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         dense = AutoModelForCausalLM.from_pretrained(arguments.model)
-        rows = sample_ids(
-            dense, CALIBRATION + EVALUATION + arguments.rows, LENGTH, arguments.seed
-        ).numpy()
-        bounds = [CALIBRATION, CALIBRATION + EVALUATION]
-        for kind, part in zip(
-            ("calibration", "evaluation", "training"), np.split(rows, bounds), strict=True
-        ):
-            np.save(folder / f"{kind}.npy", part)
+        files = {
+            folder / "calibration.npy": CALIBRATION,
+            folder / "evaluation.npy": EVALUATION,
+            folder / "training.npy": arguments.rows,
+        }
+        write_samples(dense, files, seed=arguments.seed)
         evaluation = str(folder / "evaluation.npy")
         before = evaluate_perplexity(arguments.model, evaluation)
         print("| ratio | model | parameters | perplexity | steps | seconds |")

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorap
-from bench.quality import sample_ids
+from bench.sampling import sample_ids
 
 SHARED = Path(os.environ.get("LORAP_SHARED", Path(__file__).parents[2] / "shared"))
 MODEL = SHARED / "models" / "stories260K"

@@ -115,6 +115,8 @@ def test_outliers_and_similarities_are_numpy_s(survey: Survey, truth: dict[str, 
     for layer in survey.layers:
         for kind, role in INPUTS.items():
             norms = np.linalg.norm(seen[f"{layer.index}.{role}"], axis=0)
+            found = layer.norms[kind]  # type: ignore[index]
+            np.testing.assert_allclose(found, norms, rtol=1e-5)
             expected = norms.max() / np.median(norms)
             assert layer.outliers[kind] == pytest.approx(expected, rel=1e-5)  # type: ignore[index]
         stream = [seen[f"{layer.index}.before"], seen[f"{layer.index}.between"]]

@@ -114,6 +114,8 @@ class LayerSurvey:
     awsvd : dict
         Likewise, of the weight times the norms of its input features (Eq. 7); empty without
         calibration data, as is what follows.
+    norms : dict
+        By input of the linears, the norms of its features over the tokens (Eq. 5).
     outliers : dict
         By input of the linears, the largest norm of a feature over the median one; None where that
         is 0.
@@ -124,6 +126,7 @@ class LayerSurvey:
     index: int
     svd: dict[str, Spectrum]
     awsvd: dict[str, Spectrum]
+    norms: dict[Input, Tensor]
     outliers: dict[Input, float | None]
     similarities: dict[Sublayer, float]
 
@@ -172,7 +175,7 @@ class Survey:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as ``lorap inspect --json`` prints them."""
+        """Return plain values, as ``lorap inspect --json`` prints them: all but the norms."""
         return {
             "model": self.model,
             "calibration": self.calibration,
@@ -329,8 +332,9 @@ def _layers(
                 if given is not None:
                     spectrum = factorise(weight, given, 0, "awsvd", config).singular_values
                     awsvd[role] = Spectrum.of(spectrum)
-            outliers = {kind: outlier_ratio(found.norms) for kind, found in inputs.items()}
-            yield LayerSurvey(index, svd, awsvd, outliers, similarities)
+            norms = {kind: found.norms for kind, found in inputs.items()}
+            outliers = {kind: outlier_ratio(values) for kind, values in norms.items()}
+            yield LayerSurvey(index, svd, awsvd, norms, outliers, similarities)
         tell(done, len(passed))
 
 
