@@ -177,8 +177,9 @@ def rounded_sizes(
         if size < multiple:
             rounded.append(size)
             continue
+        # More than half a step, so that it never goes to zero.
         due = size * per_unit + carried
-        below = min(max(due // step, 1) * step, dense)
+        below = min(due // step * step, dense)
         above = min(below + step, dense)
         held = above if above - due < due - below else below
         carried = due - held
