@@ -241,6 +241,28 @@ def test_a_rounded_width_keeps_the_least_important_but_for_one_of_the_top(
     assert result.layers[0]["mlp"].band == band
 
 
+@pytest.mark.spec("budget.multiple", "mgaa.plan")
+def test_a_block_whose_ratio_removes_no_channel_takes_no_part() -> None:
+    """Ratios of 28%, 1% and 14.5% leave 35, 48 and 41 of 48 channels.
+
+    The first layer gets 40, and so does the last, which is due 36. The second would be due 43.
+    """
+    similarities = {(layer, "ffn"): value for layer, value in enumerate((0.9, 0.7, 0.8))}
+    config = CompressionConfig(
+        ratio=0.145,
+        ratio_scope="layer",
+        sublayers=("ffn",),
+        allocation="mgaa-between",
+        mgaa_alpha=0.135 / 1.5**0.5,
+        multiple_of=20,
+    )
+    result = make_plan(
+        tiny_config(), family_of(tiny_config()), config, Measurements(similarities=similarities)
+    )
+    assert sizes_of(result, "mlp") == [40, 48, 40]
+    assert result.layers[1]["mlp"].kind == "dense"
+
+
 @pytest.mark.spec("budget.multiple")
 def test_a_multiple_that_no_module_can_keep_is_refused() -> None:
     plan(tiny_config(), ratio=0.3, multiple_of=47)
