@@ -9,6 +9,7 @@ import argparse
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -44,6 +45,35 @@ SHAPES = {
     "llama-3-70b": Shape(8192, 28672, 80, 64, 8, 128256),
 }
 """Those of the models of these names; ``small`` and ``medium`` are nobody's."""
+
+
+def configuration(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the contents of ``config.json``.
+
+    Parameters
+    ----------
+    shape : Shape
+    dtype : torch.dtype
+        Of the weights.
+    """
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 def write(shape: Shape, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
@@ -110,24 +140,7 @@ def write(shape: Shape, folder: Path, dtype: torch.dtype = torch.bfloat16, seed:
     )
     index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": d,
-        "intermediate_size": m,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "vocab_size": shape.vocabulary,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    config = configuration(shape, dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
