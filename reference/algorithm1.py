@@ -810,7 +810,7 @@ def band_of_width(d_m: int, k: int, settings: Settings) -> tuple[int, int]:
 
     Notes
     -----
-    SPEC: ``budget.overrides``, ``budget.multiple``.
+    SPEC: ``budget.multiple``.
     """
     low = min(budget.removed_band(d_m, 0, settings.least)[0], k - 1)
     return low, low + d_m - k
