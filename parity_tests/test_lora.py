@@ -15,8 +15,8 @@ from lorap.config import CompressionConfig
 from lorap.families import FAMILIES
 from lorap.families.modeling_lorap import LowRankLinear
 from lorap.ops import lora as ours
-from lorap.pipeline.in_memory import compress
 from lorap.pipeline.forward import Decoder, Samples
+from lorap.pipeline.in_memory import compress
 from lorap.recovery import merging
 from lorap.recovery.adapter import Adapter, Update
 from lorap_reference import joint, llama
