@@ -217,6 +217,62 @@ def baseline(shape: str, layers: int, ratio: float) -> Task:
     return work
 
 
+def inference(
+    shape: str,
+    ratios: Sequence[float],
+    multiple: int = 1,
+    *,
+    layers: int | None = None,
+    modes: Sequence[str] = ("eager", "compile", "graphs"),
+) -> Task:
+    """Time prefill and decode of compressed models beside the dense one."""
+
+    def work(_: Machine) -> Values:
+        from dataclasses import asdict
+
+        from bench.inference import compare, models, savings
+        from bench.models import SHAPES
+
+        whole = SHAPES[shape]
+        timed = list(
+            models(
+                replace(whole, layers=layers or whole.layers),
+                ratios,
+                [multiple],
+                prompt=64,
+                dtype=torch.float16,
+                device=torch.device("cuda"),
+            )
+        )
+        found = list(compare(timed, modes=modes, repeats=9))
+        rows = [row for rows in found if not isinstance(rows, str) for row in rows]
+        shares = [asdict(s) | {"share of the aim": s.of_aim} for s in savings(timed, rows)]
+        values = {
+            "macs": {model.name: model.macs for model in timed},
+            "rows": [asdict(row) for row in rows],
+            "savings": shares,
+            "failures": [text for text in found if isinstance(text, str)],
+        }
+        del timed
+        torch.cuda.empty_cache()
+        return values
+
+    return work
+
+
+def factors(width: int, ranks: Sequence[int], tokens: int) -> Task:
+    """Time the layouts of the factors of q, k and v."""
+
+    def work(_: Machine) -> Values:
+        from bench.factors import compare
+
+        half, cuda = torch.float16, torch.device("cuda")
+        seconds = compare(width, ranks, tokens, repeats=15, dtype=half, device=cuda)
+        return {"seconds": seconds}
+
+    return work
+
+
 def disk_to_disk(
     shape: str, ratio: float, *, layers: int | None = None, samples: int = 128
 ) -> Task:
@@ -335,6 +391,8 @@ def compress_child(request: Mapping[str, Any]) -> Values:
 
 SOLVER_SHAPES = ("256x2048", "2048x2048", "4096x4096", "4096x11008")
 
+MULTIPLES = (1, 8, 64, 128)
+
 STAGES: dict[str, Stage] = {
     "correct": Stage(
         "tests on CUDA (float64, float32, bf16, fp16), and the GPU against the CPU",
@@ -372,6 +430,23 @@ STAGES: dict[str, Stage] = {
     "llama-3-70b": Stage(
         "disk to disk, 1 of 80 layers, extrapolated",
         {f"{ratio}": disk_to_disk("llama-3-70b", ratio, layers=1) for ratio in (0.2, 0.5)},
+    ),
+    "inference": Stage(
+        "the compressed LLaMA-7B beside the dense one, fp16: all layers, and 8 of them compiled",
+        {"all layers, eager": inference("llama-7b", (0.2, 0.5), modes=["eager"])}
+        | {
+            f"{ratio}, multiples of {multiple}": inference("llama-7b", (ratio,), multiple, layers=8)
+            for ratio in (0.2, 0.5)
+            for multiple in MULTIPLES
+        },
+    ),
+    "factors": Stage(
+        "layouts of the factors of q, k and v of LLaMA-7B at 20% and 50%",
+        {
+            f"{ranks}, {tokens} tokens": factors(4096, ranks, tokens)
+            for ranks in ((1228, 1228), (512, 512, 1536))
+            for tokens in (1, 16, 64, 1024)
+        },
     ),
     "curves": Stage(
         "time and memory against width, depth, tokens and ratio",

@@ -49,7 +49,14 @@ SHAPES = {
 
 
 def configuration(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """Return the contents of ``config.json`` of a model of this shape."""
+    """Return the contents of ``config.json`` of a model of this shape.
+
+    Parameters
+    ----------
+    shape : Shape
+    dtype : torch.dtype
+        Of the weights.
+    """
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -134,7 +141,8 @@ def write(shape: Shape, folder: Path, dtype: torch.dtype = torch.bfloat16, seed:
     )
     index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
-    (folder / "config.json").write_text(json.dumps(configuration(shape, dtype), indent=2))
+    config = configuration(shape, dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def main() -> None:

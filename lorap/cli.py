@@ -304,6 +304,16 @@ _MgaaFloor = Annotated[
         show_default="0.25",
     ),
 ]
+_MultipleOf = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Round ranks and widths to multiples of N, such as 8, 64 or 128; a layer gets a "
+        "multiple more or less than another, so that the model keeps its size. What is smaller "
+        "than N stays. 1 alone gives the paper's sizes.",
+        show_default="1",
+    ),
+]
 _Importance = Annotated[
     str | None,
     typer.Option(
@@ -478,6 +488,7 @@ def plan(
     allocation: _Allocation = None,
     mgaa_alpha: _MgaaAlpha = None,
     mgaa_floor: _MgaaFloor = None,
+    multiple_of: _MultipleOf = None,
     weighting: _Weighting = None,
     asvd_alpha: _AsvdAlpha = None,
     least_important: _LeastImportant = None,
@@ -550,6 +561,7 @@ def compress(
     allocation: _Allocation = None,
     mgaa_alpha: _MgaaAlpha = None,
     mgaa_floor: _MgaaFloor = None,
+    multiple_of: _MultipleOf = None,
     weighting: _Weighting = None,
     asvd_alpha: _AsvdAlpha = None,
     importance: _Importance = None,

@@ -145,6 +145,8 @@ class CompressionConfig:
     mgaa_floor : float
         Share of its even part that a sub-layer, and a matrix, keeps at least, from 0 to 1; with
         ``marginal`` every module.
+    multiple_of : int
+        Round ranks and widths to multiples of this; layers differ so that the model keeps its size.
     importance : {"activation", "magnitude", "taylor"}
         Score of a single weight, for channels and heads: its magnitude times the norm of its input
         (Eq. 1), its magnitude, or its magnitude times that of the loss's gradient.
@@ -202,6 +204,7 @@ class CompressionConfig:
     allocation: float | MeasuredAllocation = DEFAULT_ALLOCATION
     mgaa_alpha: float = 0.35
     mgaa_floor: float = 0.25
+    multiple_of: int = 1
     importance: Importance = "activation"
     least_important: float = 0.01
     aggregation: Aggregation = "l2"
@@ -267,7 +270,7 @@ class CompressionConfig:
             raise UsageError(f"sublayers: expected mha, ffn or both, got {list(self.sublayers)}")
         for sublayer in self.sublayers:
             checks.choice("sublayers", sublayer, get_args(Sublayer))
-        for name, minimum in (("samples", 1), ("seqlen", 1), ("seed", 0)):
+        for name, minimum in (("multiple_of", 1), ("samples", 1), ("seqlen", 1), ("seed", 0)):
             store(name, checks.whole_number(name, getattr(self, name), minimum))
         if self.batch_size is not None:
             store("batch_size", checks.whole_number("batch_size", self.batch_size, 1))
@@ -313,6 +316,7 @@ class CompressionConfig:
             ),
             "mgaa_alpha": (self.measures_similarity, "allocation mgaa or mgaa-between"),
             "mgaa_floor": (not numeric, "allocation mgaa, mgaa-between, mgaa-within or marginal"),
+            "multiple_of": (methods != {"heads"}, "a low-rank method or ffn channels"),
             "importance": (bool(scored), scores),
             "least_important": (bool(scored), scores),
             "aggregation": (bool(scored), scores),

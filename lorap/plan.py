@@ -342,12 +342,13 @@ def make_plan(
     ------
     UsageError
         If the ratio cannot be reached (the largest reachable one is named), or an override names
-        no module, or does not fit the modules that it names.
+        no module, or does not fit the modules that it names, or no module can keep as much as the
+        sizes are to be multiples of.
 
     Notes
     -----
-    SPEC: ``budget.layer-ratio``, ``budget.reachable``, ``budget.overrides``, ``mgaa.plan``,
-    ``marginal.plan``.
+    SPEC: ``budget.layer-ratio``, ``budget.reachable``, ``budget.overrides``, ``budget.multiple``,
+    ``mgaa.plan``, ``marginal.plan``.
     """
     planner = _Planner(model_config, family, config, measurements)
     try:
@@ -356,7 +357,7 @@ def make_plan(
         raise UsageError(
             f"ratio {config.ratio} cannot be reached: {reason}; {planner.advice()}"
         ) from None
-    return planner.plan(sizes)
+    return planner.plan(planner.rounded(sizes))
 
 
 def draft_plan(model_config: PretrainedConfig, family: Family, config: CompressionConfig) -> Plan:
@@ -400,7 +401,7 @@ def probe_plan(model_config: PretrainedConfig, family: Family, config: Compressi
     for module in planner.free:
         count = _sizes_below_dense(module)
         if count:
-            sizes[module.path] = _size_at(module, marginal.middle(count + 1))
+            sizes[module.path] = _size_at(module, marginal.middle(count + 1), config)
     return planner.plan(sizes)
 
 
@@ -434,6 +435,7 @@ class _Planner:
             for layer in range(model_config.num_hidden_layers)
             for module in _modules(family, model_config, self.shapes, layer, config)
         ]
+        _check_multiple(self.modules, config)
         self.overrides = _resolve_overrides(self.modules, config)
         self.free = [
             m
@@ -575,7 +577,7 @@ class _Planner:
                 f"at a layer ratio of {ratio:.4f} the least that every module keeps is too much"
             )
         return {
-            module.path: _size_at(module, places[module.path])
+            module.path: _size_at(module, places[module.path], config)
             for module in self.free
             if places[module.path] < len(curves[module.path][0]) - 1
         }
@@ -623,6 +625,35 @@ class _Planner:
                     f"at a layer ratio of {ratio:.4f} no rank is left for {path}"
                 )
         return {path: rank for path, rank in ranks.items() if rank is not None}
+
+    def rounded(self, sizes: Mapping[str, _Size]) -> dict[str, _Size]:
+        """Return the sizes with those that ratios gave rounded to multiples."""
+        shared: dict[tuple[str, Override | None], list[_Module]] = {}
+        for module in self.modules:
+            override = self.overrides.get(module.path)
+            of_ratio = override is None or override.ratio is not None
+            if not of_ratio or module.kind == "heads" or module.path not in sizes:
+                continue
+            # A band may be empty, and its block dense.
+            if _units_kept(module, sizes[module.path]) < module.shape[0]:
+                shared.setdefault((module.name, override), []).append(module)
+        rounded = dict(sizes)
+        for modules in shared.values():
+            first = modules[0]
+            found = budget.rounded_sizes(
+                [_units_kept(module, sizes[module.path]) for module in modules],
+                sum(first.shape) if first.kind == "matrix" else first.shape[1],
+                first.compressible,
+                self.config.multiple_of,
+            )
+            for module, size in zip(modules, found, strict=True):
+                if size is None:
+                    del rounded[module.path]
+                elif module.kind == "matrix":
+                    rounded[module.path] = size
+                else:
+                    rounded[module.path] = _band_of_size(module.shape[0], size, self.config)
+        return rounded
 
     def advice(self) -> str:
         """Say which ratio can be reached: the largest, rounded down to 4 decimals."""
@@ -768,6 +799,23 @@ def _attention_block(
     )
 
 
+def _check_multiple(modules: Sequence[_Module], config: CompressionConfig) -> None:
+    rounded = [m for m in modules if m.sublayer in config.sublayers and m.kind != "heads"]
+    # What is pruned by whole heads alone has been refused already.
+    largest = max((_most(module) for module in rounded), default=config.multiple_of)
+    if config.multiple_of > largest:
+        raise UsageError(
+            f"multiple_of {config.multiple_of}: has no effect, since no module of this model can "
+            f"keep as many ranks or channels and still be smaller; the most is {largest}"
+        )
+
+
+def _most(module: _Module) -> int:
+    """Return the largest rank, or number of channels, that is smaller than the dense module."""
+    whole = budget.break_even_rank(module.shape) if module.kind == "matrix" else module.shape[0]
+    return math.ceil(whole) - 1
+
+
 def _resolve_overrides(
     modules: Sequence[_Module], config: CompressionConfig
 ) -> dict[str, Override]:
@@ -818,7 +866,7 @@ def _check_override(override: Override, module: _Module) -> None:
                     f"{module.path}"
                 )
             continue
-        limit = math.ceil(budget.break_even_rank(module.shape)) - 1
+        limit = _most(module)
         if value > limit:
             raise UsageError(
                 f"{where}: rank {value} of {module.path} would hold at least as many "
@@ -841,9 +889,16 @@ def _sizes_below_dense(module: _Module) -> int:
     return max(0, min(below, *module.shape))
 
 
-def _size_at(module: _Module, place: int) -> _Size:
-    """Return the size at a place of a module's curve; of channels none is kept for being least."""
-    return place + 1 if module.kind == "matrix" else (0, module.shape[0] - place - 1)
+def _size_at(module: _Module, place: int, config: CompressionConfig) -> _Size:
+    """Return the size at a place of a module's curve."""
+    if module.kind == "matrix":
+        return place + 1
+    return _band_of_size(module.shape[0], place + 1, config)
+
+
+def _units_kept(module: _Module, size: _Size) -> int:
+    """Return a rank, or the number of channels that a band leaves."""
+    return size if isinstance(size, int) else module.shape[0] - (size[1] - size[0])
 
 
 def _band_of_ratio(module: _Module, ratio: float, least_important: float) -> tuple[int, int]:
@@ -880,7 +935,7 @@ def _module_plan(module: _Module, size: _Size | None, tokens: int) -> ModulePlan
         )
     units, per_unit = module.shape
     band = size if isinstance(size, tuple) else (0, 0)
-    kept = units - (band[1] - band[0])
+    kept = _units_kept(module, band)
     return ModulePlan(
         kind="dense" if kept == units else module.kind,
         sublayer=module.sublayer,

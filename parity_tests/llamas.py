@@ -97,6 +97,7 @@ def reference_settings(config: CompressionConfig, model: PreTrainedModel) -> alg
         marginal=config.is_marginal,
         mgaa_alpha=config.mgaa_alpha,
         mgaa_floor=config.mgaa_floor,
+        multiple=config.multiple_of,
     )
     if config.ratio_scope == "layer":
         return settings

@@ -64,8 +64,7 @@ class Step:
         Of the pipeline's forward.
     prefix : str
         Of the quantities in the report.
-    sizes : algorithm1.Sizes or None
-        None: those that the settings alone give.
+    sizes : algorithm1.Sizes
     gradients, gradient_spreads : mapping or None
         Of the loss by the layer's weights, and the spreads of their distance.
     """
@@ -76,7 +75,7 @@ class Step:
     settings: algorithm1.Settings
     precision: Precision
     prefix: str
-    sizes: algorithm1.Sizes | None = None
+    sizes: algorithm1.Sizes
     gradients: Mapping[str, Array] | None = None
     gradient_spreads: Mapping[str, Array] | None = None
 
@@ -344,8 +343,7 @@ def check_selection(
         bound = group_scores(moved["up"], moved["gate"], moved["down"], settings.aggregation)
         rounded = tolerances.group_importance(layer["mlp.down_proj.weight"].shape[0], EPS64)
     bound = bound + (rounded + EPS64) * C
-    sizes = step.sizes or algorithm1.layer_sizes(layer, step.shape, settings)
-    band = sizes.heads if heads_ else sizes.channels
+    band = step.sizes.heads if heads_ else step.sizes.channels
     assert band is not None
     low, high = band
     if low == high:
@@ -452,10 +450,9 @@ def check_removals(
 ) -> bool:
     """Compare the channels that are removed one by one; tell if the same ones are."""
     W, X = step.layer["mlp.down_proj.weight"], algorithm1.input_of("down", theirs.trace)
-    sizes = step.sizes or algorithm1.layer_sizes(step.layer, step.shape, step.settings)
-    assert sizes.channels is not None
+    assert step.sizes.channels is not None
     assert theirs.kept is not None
-    removed = sizes.channels[1] - sizes.channels[0]
+    removed = step.sizes.channels[1] - step.sizes.channels[0]
     kept = np.arange(W.shape[1])
     if removed:
         report = ours.modules["mlp"]
@@ -521,9 +518,7 @@ def steps_of(
     Sizes by MGAA follow from the pipeline's own measurements, so that they agree exactly; the
     measurements are compared by ``check_measurements``.
     """
-    sizes: Sequence[algorithm1.Sizes | None] = [None] * shape.layers
-    if settings.between or settings.within or settings.marginal:
-        sizes = algorithm1.allocate(weights, shape, settings, our_measurements(run))
+    sizes = algorithm1.allocate(weights, shape, settings, our_measurements(run))
     gradients: Mapping[str, Array] = {}
     spreads: Mapping[str, Array] = {}
     if settings.importance == "taylor":
@@ -614,8 +609,7 @@ def check_measurements(
                 spectrum_bound(W, X, input_spread(m, spreads), method, settings),
             )
         known = after
-    if settings.between or settings.within:
-        check_plan(run, algorithm1.allocate(weights, shape, settings, mine), prefix)
+    check_plan(run, algorithm1.allocate(weights, shape, settings, mine), prefix)
 
 
 def cosine_bound(*sides: Known) -> float:
@@ -635,14 +629,15 @@ def cosine_bound(*sides: Known) -> float:
 def check_plan(run: Run, sizes: Sequence[algorithm1.Sizes], prefix: str) -> None:
     """Compare the plan with the sizes that the reference makes of the same measurements."""
     for layer, expected in zip(run.plan.layers, sizes, strict=True):
-        bands = {"channels": expected.channels, "heads": expected.heads}
+        bands = {"mlp": expected.channels, "self_attn": expected.heads}
         for name, module in layer.items():
             m = "".join(module.roles)
             if m in expected.ranks:
                 assert module.rank == expected.ranks[m], f"{prefix}{name}: rank"
-            band = bands.get(module.kind)
+            band = bands.get(name)
             if band is not None:
-                assert module.band == band, f"{prefix}{name}: removed band"
+                removed = band if band[1] > band[0] else None
+                assert module.band == removed, f"{prefix}{name}: removed band"
 
 
 def check_each_layer(

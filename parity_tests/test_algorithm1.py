@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import ceil
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lorap.config import CompressionConfig, FfnMethod, MhaMethod
 from lorap.demo import MODEL
 from lorap.pipeline.in_memory import compress
-from lorap_reference import algorithm1, llama, mgaa, statistics
+from lorap_reference import algorithm1, budget, llama, mgaa, statistics
 from parity_tests import compare, llamas, rounding, steps, tolerances
 from parity_tests import strategies as own
 from parity_tests.rounding import Known, Precision
@@ -71,6 +72,8 @@ def methods(draw: st.DrawFn, importance: Sequence[str] = IMPORTANCE) -> dict[str
         settings["importance"] = draw(st.sampled_from(importance), label="importance")
         settings["aggregation"] = draw(st.sampled_from(("l2", "l1", "linf")), label="aggregation")
         settings["least_important"] = draw(st.sampled_from((0.0, 0.01, 0.1)), label="least")
+    if used != {"heads"}:
+        settings["multiple_of"] = draw(st.sampled_from((1, 1, 2, 3)), label="multiple_of")
     if settings["allocation"] in ("mgaa", "mgaa-between"):
         settings["mgaa_alpha"] = draw(st.sampled_from((0.35, 0.05, 0.0)), label="mgaa_alpha")
     return settings
@@ -87,6 +90,8 @@ def configs(draw: st.DrawFn, model: own.SmallLlama, importance: Sequence[str]) -
         **draw(methods(importance)),
     )
     dense = model.model()
+    if config.multiple_of > most(model, config):
+        config = replace(config, multiple_of=1)
     within_reach = [
         other
         for ratio in RATIOS
@@ -99,6 +104,20 @@ def configs(draw: st.DrawFn, model: own.SmallLlama, importance: Sequence[str]) -
             ratio=0.05, ratio_scope="layer", sublayers=("ffn",), dtype="float64"
         )
     return draw(st.sampled_from(within_reach), label="config")
+
+
+def most(model: own.SmallLlama, config: CompressionConfig) -> int:
+    """Return the largest rank or width that the model can keep and still be smaller."""
+    settings = llamas.reference_settings(config, model.model())
+    layer, sizes = llama.layer_weights(model.weights(), 0), [1]
+    for sublayer in settings.sublayers:
+        if settings.low_rank(sublayer) is not None:
+            for W in algorithm1.matrices(layer, sublayer, settings).values():
+                d_out, d_in = W.shape
+                sizes.append(ceil(budget.break_even_rank((d_out, d_in))) - 1)
+        elif sublayer == "ffn":
+            sizes.append(model.width - 1)
+    return max(sizes)
 
 
 def within_budget(model: PreTrainedModel, config: CompressionConfig) -> bool:
@@ -149,6 +168,7 @@ Case = tuple[own.SmallLlama, CompressionConfig, own.Ids]
     "algorithm.update",
     "obs.keep",
     "budget.layer-ratio",
+    "budget.multiple",
     "mgaa.measure",
     "mgaa.plan",
 )

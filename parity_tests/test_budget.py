@@ -193,3 +193,43 @@ def test_a_reachable_band_leaves_the_top_and_the_least_important(
     assert len(kept) == C.size - (high - low)
     assert max(C) in C[kept]
     assert low == 0 or min(C) in C[kept]
+
+
+@st.composite
+def layers_of_a_module(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
+    """Draw sizes by layer, the parameters of a unit and of the dense module, and a multiple.
+
+    The dense module has a whole number of units, or, as matrices have, any number of parameters.
+    """
+    u = draw(st.one_of(st.integers(1, 12), st.sampled_from((8192, 12288))), label="u")
+    n = draw(st.integers(u + 1, 300 * u), label="n")
+    n += draw(st.sampled_from((0, -n % u)), label="rest")
+    M = draw(st.one_of(st.integers(1, 12), st.sampled_from((8, 64, 128))), label="M")
+    largest = -(-n // u) - 1
+    size = st.integers(0, largest)
+    alike = st.builds(lambda r_l, count: [r_l] * count, size, st.integers(0, 40))
+    return draw(st.one_of(alike, st.lists(size, max_size=40)), label="r"), u, n, M
+
+
+@pytest.mark.spec("budget.multiple")
+@given(case=layers_of_a_module())
+@example(case=([10] * 4, 16, 1024, 8))
+@example(case=([1228] * 32, 8192, 4096**2, 128))
+def test_sizes_as_multiples(case: tuple[list[int], int, int, int]) -> None:
+    r, u, n, M = case
+    rounded = ours.rounded_sizes(r, u, n, M)
+    assert rounded == reference.rounded_sizes(r, u, n, M)
+    assert all(type(size) in (int, type(None)) for size in rounded)
+    if M == 1:
+        assert rounded == r
+    owed = 0
+    for due, size in zip(r, rounded, strict=True):
+        if due < M:
+            assert size == due
+            continue
+        assert size is None or (size >= M and size % M == 0 and size * u < n)
+        held = n if size is None else size * u
+        assert abs(held - due * u) <= M * u
+        owed += due * u - held
+        # The sum of the layers so far is kept to half a multiple, so that it is nearest.
+        assert 2 * abs(owed) <= M * u

@@ -87,6 +87,8 @@ class Settings:
         also as in ``marginal_allocation``.
     marginal : bool
         All sizes by ``marginal_allocation``; needs low rank, or channels by ``obs``.
+    multiple : int
+        What ranks and numbers of channels are multiples of.
     """
 
     layer_ratio: float
@@ -109,6 +111,7 @@ class Settings:
     mgaa_alpha: float = 0.35
     mgaa_floor: float = 0.25
     marginal: bool = False
+    multiple: int = 1
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
@@ -255,7 +258,7 @@ def layer_sizes(
     ratios: Mapping[Sublayer, float] | None = None,
     spectra: Mapping[str, Array] | None = None,
 ) -> Sizes:
-    """Ranks, channels and heads of a layer.
+    """Ranks, channels and heads of a layer, before any is rounded to a multiple.
 
     Parameters
     ----------
@@ -545,7 +548,7 @@ def compress_layer(
         Output of the compressed layers before this one.
     settings : Settings
     sizes : Sizes, optional
-        By default ``layer_sizes``.
+        By default ``layer_sizes``, as they are.
     gradients : mapping, optional
         Gradients of the loss of the UNcompressed model by the layer's weights, for ``taylor``.
     h_dense : (N, L, d), optional
@@ -819,7 +822,7 @@ def allocate(
     weights: Mapping[str, Array],
     shape: llama.LlamaShape,
     settings: Settings,
-    measured: Measurements,
+    measured: Measurements | None = None,
 ) -> list[Sizes]:
     """Sizes of all layers: MGAA's, by similarities (between) and spectra (within), or marginal.
 
@@ -827,7 +830,8 @@ def allocate(
     ----------
     weights, shape, settings
         As for ``compress``.
-    measured : Measurements
+    measured : Measurements, optional
+        For MGAA and the marginal allocation.
 
     Returns
     -------
@@ -836,14 +840,17 @@ def allocate(
 
     Notes
     -----
-    SPEC: ``mgaa.plan``.
+    SPEC: ``mgaa.plan``, ``budget.multiple``.
     """
-    if settings.marginal:
-        return marginal_allocation(weights, shape, settings, measured)
     layers = [llama.layer_weights(weights, index) for index in range(shape.layers)]
+    if settings.marginal:
+        assert measured is not None
+        sizes = marginal_allocation(weights, shape, settings, measured)
+        return as_multiples(sizes, layers[0], settings)
     keys = [(index, sublayer) for index in range(shape.layers) for sublayer in settings.sublayers]
     p = dict.fromkeys(keys, settings.layer_ratio)
     if settings.between:
+        assert measured is not None
         highest = mgaa.highest_ratio(settings.layer_ratio, settings.mgaa_floor)
         p = dict(
             zip(
@@ -858,16 +865,70 @@ def allocate(
                 strict=True,
             )
         )
-    return [
-        layer_sizes(
-            layer,
-            shape,
-            settings,
-            {sublayer: p[index, sublayer] for sublayer in settings.sublayers},
-            measured.spectra[index] if settings.within else None,
-        )
-        for index, layer in enumerate(layers)
+    spectra: list[dict[str, Array] | None] = [None] * shape.layers
+    if settings.within:
+        assert measured is not None
+        spectra = list(measured.spectra)
+    sizes = [
+        layer_sizes(layer, shape, settings, {s: p[index, s] for s in settings.sublayers}, spectrum)
+        for index, (layer, spectrum) in enumerate(zip(layers, spectra, strict=True))
     ]
+    return as_multiples(sizes, layers[0], settings)
+
+
+def as_multiples(
+    sizes: Sequence[Sizes], layer: Mapping[str, Array], settings: Settings
+) -> list[Sizes]:
+    """Round what each matrix and each FFN keeps to a multiple, over all layers.
+
+    Parameters
+    ----------
+    sizes : sequence of Sizes
+        By layer.
+    layer : mapping
+        Weights of one of them, names relative to it.
+    settings : Settings
+
+    Notes
+    -----
+    SPEC: ``budget.multiple``.
+    """
+    new = [replace(size, ranks=dict(size.ranks)) for size in sizes]
+    for sublayer in settings.sublayers:
+        if settings.low_rank(sublayer) is None:
+            continue
+        for m, W in matrices(layer, sublayer, settings).items():
+            factored = [size for size in new if size.ranks[m] is not None]
+            r = [size.ranks[m] or 0 for size in factored]
+            rounded = budget.rounded_sizes(r, sum(W.shape), W.size, settings.multiple)
+            for size, r_l in zip(factored, rounded, strict=True):
+                size.ranks[m] = r_l
+    bands = {i: size.channels for i, size in enumerate(new) if size.channels is not None}
+    d_m = layer[f"{FFN['up']}.weight"].shape[0]
+    kept = {i: d_m - (high - low) for i, (low, high) in bands.items() if high > low}
+    if kept:
+        u = compressible(layer, "ffn", settings) // d_m
+        rounded = budget.rounded_sizes(list(kept.values()), u, d_m * u, settings.multiple)
+        for i, k in zip(kept, rounded, strict=True):
+            channels = band_of_width(d_m, d_m if k is None else k, settings)
+            new[i] = replace(new[i], channels=channels)
+    return new
+
+
+def band_of_width(d_m: int, k: int, settings: Settings) -> tuple[int, int]:
+    """Removed band that leaves `k` of `d_m` channels, one of the top among them.
+
+    Parameters
+    ----------
+    d_m, k : int
+    settings : Settings
+
+    Notes
+    -----
+    SPEC: ``budget.multiple``.
+    """
+    low = min(budget.removed_band(d_m, 0, settings.least)[0], k - 1)
+    return low, low + d_m - k
 
 
 def marginal_allocation(
@@ -982,9 +1043,10 @@ def compress(
         for name, value in weights.items()
         if not name.startswith("model.layers.")
     }
-    sizes: Sequence[Sizes | None] = [None] * shape.layers
+    measured = None
     if settings.between or settings.within or settings.marginal:
-        sizes = allocate(weights, shape, settings, measure(weights, shape, ids, settings))
+        measured = measure(weights, shape, ids, settings)
+    sizes = allocate(weights, shape, settings, measured)
     gradients: Mapping[str, Array] = {}
     if settings.importance == "taylor":
         gradients = gradient.loss_gradients(weights, shape, ids)

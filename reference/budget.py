@@ -5,7 +5,7 @@ product, and another order of the same factors can land on the other side of an 
 (SPEC: ``budget.ieee``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil, fsum
 
 Shape = tuple[int, int]
@@ -158,3 +158,39 @@ def removed_band(d_m: int, s: float, least: float) -> tuple[int, int]:
     SPEC: ``budget.channels``.
     """
     return int(least * d_m), int((s + least) * d_m)
+
+
+def rounded_sizes(r: Sequence[int], u: int, n: int, M: int) -> list[int | None]:
+    """Sizes of one module in the layers that share a budget, as multiples; None stands for dense.
+
+    In the order of the layers, each gets the multiple at which the parameters of the layers so far
+    are nearest to those of the sizes given, or the dense module where that is nearer. So layers
+    differ, and their sum is kept.
+
+    Parameters
+    ----------
+    r : sequence
+        Ranks, or numbers of channels, by layer, without those that are dense.
+    u : int
+        Parameters of one rank or channel.
+    n : int
+        Parameters of the dense module.
+    M : int
+        What the sizes are to be multiples of; 1 returns them as they are.
+
+    Notes
+    -----
+    SPEC: ``budget.multiple``.
+    """
+    choices = [*range(M * u, n, M * u), n]
+    sizes: list[int | None] = []
+    owed = 0
+    for r_l in r:
+        if r_l < M:
+            sizes.append(r_l)
+            continue
+        due = r_l * u + owed
+        held = min(choices, key=lambda h: (abs(h - due), h))
+        owed = due - held
+        sizes.append(None if held == n else held // u)
+    return sizes

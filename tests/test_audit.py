@@ -718,6 +718,19 @@ METHODS: dict[str, dict[str, Any]] = {
         ),
     },
     "marginal, svd and asvd": {"allocation": "marginal", "mha": "svd", "ffn": "asvd"},
+    "multiples": {"multiple_of": 3, "ratio": 0.2, "ratio_scope": "layer"},
+    "multiples of its own ratios": {
+        "multiple_of": 8,
+        "ratio": 0.25,
+        "least_important": 0.55,
+        "overrides": (
+            # 28 of 48 channels are due; 24 stay, of which 23, not 26, are the least important.
+            Override("layers.1", ratio=0.42),
+            Override("layers.0.self_attn.q_proj", rank=5),
+            Override("layers.2.mlp", width=21),
+        ),
+    },
+    "multiples, mgaa": {"multiple_of": 2, "allocation": "mgaa", "mha": "pca", "joint_qk": True},
     "mgaa, heads by taylor": {
         "allocation": "mgaa-between",
         "mha": "heads",

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from bench import baseline, gpu, solvers
+from bench import baseline, factors, gpu, inference, solvers
 from bench.models import Shape
 from bench.stand_ins import ROOT, wrapt
 
@@ -195,3 +196,101 @@ def test_the_baseline_does_what_lorap_does() -> None:
     assert found.difference < 1e-4
     assert found.same_channels == 1
     assert list(found.parts) == ["statistics", "decompositions", "pruning", "forward"]
+
+
+TINY = Shape(64, 176, 2, 4, 4, 512)
+
+
+@pytest.fixture(scope="module")
+def timed() -> list[inference.Model]:
+    settings = {"prompt": 10, "dtype": torch.float32, "device": torch.device("cpu")}
+    return list(inference.models(TINY, [0.2], [1, 8], **settings))
+
+
+def test_macs_and_bytes_by_hand(timed: list[inference.Model]) -> None:
+    dense, exact, rounded = timed
+    linears, norms, head = 2 * (4 * 64 * 64 + 3 * 64 * 176), 5 * 64, 512 * 64
+    # Scores and values of 10 tokens in two layers, and the logits of the last one.
+    assert dense.macs == 10 * linears + 2 * 2 * 64 * 10 * 10 + head
+    assert dense.weights == 4 * (linears + norms + head)
+    assert dense.size == dense.weights + 4 * head
+    assert [model.name for model in timed] == ["dense", "20%", "20%, multiples of 8"]
+    saved = dense.size - exact.size
+    assert saved == pytest.approx(0.2 * dense.size, rel=0.03)
+    assert (dense.weights - exact.weights, dense.macs - exact.macs) == (saved, 10 * saved / 4)
+    weights = [p for p in rounded.module.model.layers.parameters() if p.ndim > 1]
+    assert {size % 8 for p in weights for size in p.shape} == {0}
+
+
+def test_prefill_and_decode_are_the_forward_of_the_whole(timed: list[inference.Model]) -> None:
+    ids = torch.randint(512, (3, 10), generator=torch.Generator().manual_seed(0))
+    for model in timed:
+        with torch.no_grad():
+            run = inference.Run(model, "eager", ids, 2)
+            whole = torch.cat([ids, run.next, run.next], dim=1)
+            logits = model.module(whole).logits
+            for _ in range(2):
+                torch.testing.assert_close(run.prefill()[:, -1], logits[:, 9])
+                torch.testing.assert_close(run.decode()[:, -1], logits[:, 11])
+
+
+def test_all_models_are_timed_and_a_mode_that_fails_is_told(
+    timed: list[inference.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off(forward: Any, **_: Any) -> Any:
+        def wrong(**words: Any) -> Any:
+            output = forward(**words)
+            output.logits = output.logits * 1.01
+            return output
+
+        return wrong
+
+    monkeypatch.setattr(torch, "compile", off)
+    sizes = {"batches": [2], "prompt": 4, "new_tokens": 3, "repeats": 1}
+    found = list(inference.compare(timed, modes=["compile", "eager"], **sizes))
+    assert isinstance(found[0], str)
+    assert found[0].startswith("compile, batch 2: RuntimeError: the logits of dense differ by")
+    rows = found[1]
+    assert [(row.model, row.phase, row.tokens) for row in rows if not isinstance(row, str)] == [
+        (model.name, phase, tokens)
+        for model in timed
+        for phase, tokens in (("prefill", 8), ("decode", 2))
+    ]
+    assert all(row.seconds > 0 for row in rows if not isinstance(row, str))
+
+
+def test_what_is_saved_by_hand() -> None:
+    models = [
+        inference.Model(name, None, m, w, w) for name, m, w in (("dense", 10, 8), ("a", 5, 6))
+    ]
+    rows = [
+        inference.Row(model, mode, phase, 1, seconds, 1, 0)
+        for model, mode, phase, seconds in (
+            ("dense", "eager", "prefill", 4.0),
+            ("dense", "compile", "prefill", 2.0),
+            ("a", "eager", "prefill", 1.5),
+            ("a", "compile", "prefill", 1.6),
+            ("dense", "eager", "decode", 1.0),
+            ("a", "eager", "decode", 0.5),
+        )
+    ]
+    prefill, decode = inference.savings(models, rows)
+    assert (prefill.time, prefill.due, prefill.modes) == (0.25, 0.5, ("compile", "eager"))
+    assert prefill.of_aim == pytest.approx(0.25 / 0.45)
+    assert (decode.time, decode.due) == (0.5, 0.25)
+    assert len(list(inference.shares([prefill, decode]))) == 4
+    assert len(list(inference.times(models, rows))) == 6
+
+
+def test_graphs_are_refused_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        inference.main(["--modes", "graphs"])
+    assert "CUDA graphs need --device cuda" in capsys.readouterr().err
+
+
+def test_layouts_of_factors_are_compared() -> None:
+    found = factors.compare(
+        32, (4, 8), 3, repeats=1, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert list(found) == ["dense", "separate", "one product", "transposed"]
+    assert all(seconds > 0 for seconds in found.values())

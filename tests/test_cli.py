@@ -98,7 +98,7 @@ def test_defaults_in_the_help_are_those_of_the_settings() -> None:
     texts = ("ratio_scope", "mha", "ffn", "importance", "aggregation", "weighting", "device")
     for name in (*texts, "selection", "update"):
         assert shown[name] == getattr(defaults, name)
-    for name in ("samples", "seqlen", "seed"):
+    for name in ("samples", "seqlen", "seed", "multiple_of"):
         assert shown[name] == str(getattr(defaults, name))
     shares = ("allocation", "least_important", "asvd_alpha", "mgaa_alpha", "mgaa_floor", "ridge")
     for name in shares:
@@ -270,6 +270,7 @@ OPTIONS: list[dict[str, Any]] = [
         "allocation": "mgaa",
         "mgaa_alpha": 0.2,
         "mgaa_floor": 0.5,
+        "multiple_of": 2,
     },
 ]
 

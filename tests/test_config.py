@@ -61,6 +61,8 @@ def test_numbers_of_an_override_are_stored_as_plain_ones() -> None:
             {"allocation": 1000.1},
             "allocation: expected a number from 0.001 to 1000, or one of mgaa",
         ),
+        ({"multiple_of": 0}, "multiple_of: expected a whole number of at least 1, got 0"),
+        ({"multiple_of": 8.0}, "multiple_of: expected a whole number"),
         ({"dense_target": 1.01}, "dense_target: expected a share from 0 to 1, got 1.01"),
         ({"ridge": 0}, "ridge: expected a share from 1e-06 to 1, got 0.0"),
         ({"ridge": 1.5}, "ridge: expected a share from 1e-06 to 1"),

@@ -1261,6 +1261,36 @@ def test_products_are_those_of_doubles(side: Side) -> None:
     assert side("budget.removed_band", 100, 0.57, 0.01) == (1, 57)
 
 
+@pytest.mark.spec("budget.multiple")
+@pytest.mark.parametrize(
+    ("sizes", "per_unit", "dense", "multiple", "expected"),
+    [
+        # Due 10, 12, 14, 8: 12 is as near to 8 as to 16.
+        ([10] * 4, 16, 1024, 8, [8, 8, 16, 8]),
+        # Due 14, 6 (never 0), 12, 20 - 4: what was too much is taken off, and comes back.
+        ([14, 8, 14, 12], 3, 1000, 8, [16, 8, 8, 16]),
+        # 36 are nearer to 38, the dense module, than to 32; then 34 are not, and then 38 are due.
+        ([9, 9, 9], 4, 38, 8, [None, 8, None]),
+        # 36 are as near to 32 as to 40, the dense module.
+        ([9, 9], 4, 40, 8, [8, None]),
+        # Smaller than a multiple: as it is, and of no effect on the others.
+        ([10, 3, 10], 16, 1024, 8, [8, 3, 8]),
+        ([1, 2, 3], 7, 70, 1, [1, 2, 3]),
+        ([0, 5], 7, 70, 1, [0, 5]),
+        ([], 7, 70, 4, []),
+    ],
+)
+def test_sizes_as_multiples(
+    side: Side,
+    sizes: list[int],
+    per_unit: int,
+    dense: int,
+    multiple: int,
+    expected: list[int | None],
+) -> None:
+    assert side("budget.rounded_sizes", sizes, per_unit, dense, multiple) == expected
+
+
 @pytest.mark.spec("mgaa.similarity")
 def test_features_of_all_sizes_have_a_cosine(side: Side) -> None:
     """Divided by the largest of a token no square overflows; by the smallest it would."""

@@ -40,6 +40,7 @@ COVERED = {
     "allocation",
     "mgaa_alpha",
     "mgaa_floor",
+    "multiple_of",
     "importance",
     "least_important",
     "aggregation",
@@ -242,6 +243,17 @@ def test_mgaa_alpha_spreads_the_ratios(bench: Bench) -> None:
         widths.append(written.widths())
     spread = [max(found) - min(found) for found in widths]
     assert spread[0] == 0 < spread[1] < spread[2]
+
+
+def test_multiple_of_is_what_ranks_and_widths_are_multiples_of(bench: Bench, base: Written) -> None:
+    written = bench.compress("--multiple-of", 4)
+    for found, rests in ((written, {0}), (base, {1, 2, 3})):
+        entries = [entry for layer in found.layers for entry in layer.values()]
+        assert len(entries) > 6
+        assert {size % 4 for entry in entries for size in entry.values()} == rests
+    # Half a multiple of each kind of module: ranks of 32 + 32, channels of 3 * 32 parameters.
+    size, base_size = (sum(t.numel() for t in w.weights.values()) for w in (written, base))
+    assert abs(size - base_size) <= 2 * (4 * 64 + 96)
 
 
 def test_mgaa_floor_keeps_every_module_above_it(bench: Bench) -> None:

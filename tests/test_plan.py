@@ -165,6 +165,115 @@ def test_allocation_is_what_v_and_o_get_of_what_q_and_k_get() -> None:
         assert [layer[f"self_attn.{name}_proj"].rank for name in "qkvo"] == [q, q, v, v]
 
 
+def sizes_of(result: Plan, name: str) -> list[int | None]:
+    modules = [layer[name] for layer in result.layers]
+    return [m.rank if m.kind == "low_rank" else m.width for m in modules]
+
+
+@pytest.mark.spec("budget.multiple")
+@pytest.mark.parametrize("multiple", [8, 64, 128, 96])
+@pytest.mark.parametrize(("ratio", "scope"), [(0.2, "model"), (0.5, "model"), (0.34, "layer")])
+def test_sizes_are_multiples_and_the_model_keeps_its_size(
+    multiple: int, ratio: float, scope: str
+) -> None:
+    exact = plan(LLAMA_7B, ratio=ratio, ratio_scope=scope)
+    result = plan(LLAMA_7B, ratio=ratio, ratio_scope=scope, multiple_of=multiple)
+    slack = 0
+    for name, cost in [*((f"self_attn.{m}_proj", 8192) for m in "qkvo"), ("mlp", 3 * 4096)]:
+        sizes, due = sizes_of(result, name), sizes_of(exact, name)
+        assert all(size is None or size % multiple == 0 for size in sizes)
+        near = zip(sizes, due, strict=True)
+        assert all(abs(s - d) <= multiple for s, d in near if s is not None and d is not None)
+        held, was = (sum(layer[name].parameters for layer in p.layers) for p in (result, exact))
+        assert abs(held - was) <= multiple * cost / 2
+        slack += multiple * cost // 2
+    assert abs(result.parameters - exact.parameters) <= slack
+    # The half of a multiple for all 32 layers; 128 misses the ratio by less than a thousandth.
+    assert abs(result.achieved_ratio - exact.achieved_ratio) < 1e-3
+
+
+@pytest.mark.spec("budget.multiple")
+def test_layers_differ_by_a_multiple_and_a_rank_at_the_dense_size_stays_dense() -> None:
+    """Layer scope, 20%: ranks of 1228 and 8807 channels. At 34% v and o are due 2026 of 2048."""
+    result = plan(LLAMA_7B, ratio=0.2, ratio_scope="layer", multiple_of=128)
+    assert sizes_of(result, "self_attn.q_proj")[:5] == [1280, 1152, 1280, 1152, 1280]
+    assert sizes_of(result, "self_attn.v_proj") == [None] * 32
+    assert set(sizes_of(result, "mlp")) == {8704, 8832}
+    result = plan(LLAMA_7B, ratio=0.34, ratio_scope="layer", multiple_of=128)
+    assert sizes_of(result, "self_attn.v_proj")[:4] == [None, None, 1920, None]
+
+
+@pytest.mark.spec("budget.multiple", "budget.overrides")
+def test_sizes_of_their_own_are_kept_and_ratios_of_their_own_are_rounded_apart() -> None:
+    result = plan(
+        LLAMA_7B,
+        ratio=0.2,
+        ratio_scope="layer",
+        multiple_of=128,
+        overrides=[
+            {"match": "layers.0.self_attn.q_proj", "rank": 1000},
+            {"match": "layers.1.mlp", "width": 8807},
+            {"match": "layers.3", "skip": True},
+            {"match": "layers.[46]", "ratio": 0.3},
+        ],
+    )
+    # Layers 1, 2, 5 and 7 are due 1228, 1176, 1252 and 1200; layers 4 and 6 are due 819 and 870.
+    ranks = sizes_of(result, "self_attn.q_proj")[:8]
+    assert ranks == [1000, 1280, 1152, None, 768, 1280, 896, 1152]
+    # Layers 0, 2 and 5 are due 8807, 8782 and 8757; layers 4 and 6 are due 7706 and 7732.
+    assert sizes_of(result, "mlp")[:7] == [8832, 8807, 8832, 11008, 7680, 8704, 7680]
+
+
+@pytest.mark.spec("budget.multiple", "budget.channels")
+@pytest.mark.parametrize(("least", "band"), [(0.1, (4, 20)), (0.75, (31, 47))])
+def test_a_rounded_width_keeps_the_least_important_but_for_one_of_the_top(
+    least: float, band: tuple[int, int]
+) -> None:
+    """Of 48 channels 37 are due: 32."""
+    result = plan(
+        tiny_config(num_hidden_layers=1),
+        ratio=0.23,
+        ratio_scope="layer",
+        sublayers=("ffn",),
+        least_important=least,
+        multiple_of=16,
+    )
+    assert result.layers[0]["mlp"].band == band
+
+
+@pytest.mark.spec("budget.multiple", "mgaa.plan")
+def test_a_block_whose_ratio_removes_no_channel_takes_no_part() -> None:
+    """Ratios of 28%, 1% and 14.5% leave 35, 48 and 41 of 48 channels.
+
+    The first layer gets 40, and so does the last, which is due 36. The second would be due 43.
+    """
+    similarities = {(layer, "ffn"): value for layer, value in enumerate((0.9, 0.7, 0.8))}
+    config = CompressionConfig(
+        ratio=0.145,
+        ratio_scope="layer",
+        sublayers=("ffn",),
+        allocation="mgaa-between",
+        mgaa_alpha=0.135 / 1.5**0.5,
+        multiple_of=20,
+    )
+    result = make_plan(
+        tiny_config(), family_of(tiny_config()), config, Measurements(similarities=similarities)
+    )
+    assert sizes_of(result, "mlp") == [40, 48, 40]
+    assert result.layers[1]["mlp"].kind == "dense"
+
+
+@pytest.mark.spec("budget.multiple")
+def test_a_multiple_that_no_module_can_keep_is_refused() -> None:
+    plan(tiny_config(), ratio=0.3, multiple_of=47)
+    with pytest.raises(UsageError, match=r"multiple_of 48: has no effect, .* the most is 47"):
+        plan(tiny_config(), ratio=0.3, multiple_of=48)
+    with pytest.raises(UsageError, match="the most is 15"):
+        plan(tiny_config(), ratio=0.3, sublayers=("mha",), multiple_of=16)
+    with pytest.raises(UsageError, match="multiple_of 8: has no effect without a low-rank"):
+        plan(tiny_config(), ratio=0.3, sublayers=("mha",), mha="heads", multiple_of=8)
+
+
 @pytest.mark.spec("mgaa.plan", "mgaa.floors")
 @pytest.mark.parametrize(("floor", "q"), [(0.0, 1), (0.5, 4), (1.0, 8)])
 def test_a_matrix_of_one_direction_keeps_the_floor_of_the_uniform_rank(

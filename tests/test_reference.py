@@ -597,6 +597,23 @@ def test_sizes_are_those_of_the_ratios_and_of_the_spectra(
         assert sizes.ranks == expected
 
 
+@pytest.mark.spec("budget.multiple")
+def test_sizes_of_all_layers_are_rounded_together(weights: dict[str, Array]) -> None:
+    """Of 30 channels 18 are due: 20, then 15, or 16 twice."""
+    exact = algorithm1.allocate(weights, SHAPE, Settings(0.4, a=1, least=0.3))
+    settings = Settings(0.4, a=1, least=0.3, multiple=2)
+    for name, (d_out, d_in) in {"q": (12, 6), "k": (4, 6), "v": (4, 6), "o": (6, 12)}.items():
+        r = [sizes.ranks[name] for sizes in exact]
+        found = [sizes.ranks[name] for sizes in algorithm1.allocate(weights, SHAPE, settings)]
+        assert found == budget.rounded_sizes(r, d_out + d_in, d_out * d_in, 2)
+    assert [sizes.channels for sizes in exact] == [(9, 21)] * 2
+    wide = algorithm1.allocate(weights, SHAPE, replace(settings, multiple=5))
+    assert [sizes.channels for sizes in wide] == [(9, 19), (9, 24)]
+    # 16 of the low end are kept of 18 channels, and 15 of 16.
+    narrow = algorithm1.allocate(weights, SHAPE, replace(settings, least=0.55, multiple=16))
+    assert [sizes.channels for sizes in narrow] == [(15, 29)] * 2
+
+
 @pytest.mark.spec("mgaa.plan")
 def test_what_loses_nothing_stays_dense(layer: dict[str, Array]) -> None:
     settings = Settings(0.4, mha="svd", between=True)

@@ -180,9 +180,7 @@ def make_plan(reader: CheckpointReader, record: Record) -> Plan:
         if override is not None and override.rank is not None:
             sized[module.path] = replace(module, rank=override.rank)
         elif kept is not None:
-            low, _ = budget.removed_band(module.shape[0], 0.0, settings.least_important)
-            low = min(low, kept - 1)
-            sized[module.path] = _banded(module, (low, low + module.shape[0] - kept))
+            sized[module.path] = _keeping(module, kept, settings)
         elif module.path in free_paths or (override is not None and override.ratio is not None):
             shared.setdefault(((module.layer, module.sublayer), override), []).append(module)
     ratios = {} if ratio is None else _ratios(free, ratio, record)
@@ -195,6 +193,8 @@ def make_plan(reader: CheckpointReader, record: Record) -> Plan:
         even |= found if override is None else {}
     if settings.is_marginal and ratio is not None:
         sized |= {m.path: m for m in _by_worth(list(even.values()), ratio, record)}
+    by_ratio = [m.path for group in shared.values() for m in group if m.unit != "heads"]
+    sized |= _rounded([sized[path] for path in by_ratio], overrides, settings)
 
     layers: list[dict[str, Module]] = [{} for _ in range(count)]
     for module in sized.values():
@@ -376,3 +376,32 @@ def _by_worth(even: Sequence[Module], ratio: float, record: Record) -> list[Modu
 
 def _banded(module: Module, band: tuple[int, int]) -> Module:
     return replace(module, band=band if band[1] > band[0] else None)
+
+
+def _keeping(module: Module, kept: int, settings: CompressionConfig) -> Module:
+    """A block that keeps a number of its units (rule ``budget.overrides``)."""
+    low = min(budget.removed_band(module.shape[0], 0.0, settings.least_important)[0], kept - 1)
+    return _banded(module, (low, low + module.shape[0] - kept))
+
+
+def _rounded(
+    modules: Sequence[Module], overrides: Mapping[str, Override], settings: CompressionConfig
+) -> dict[str, Module]:
+    """Round the sizes of the modules of all layers (rule ``budget.multiple``)."""
+    alike: dict[tuple[str, Override | None], list[Module]] = {}
+    for module in modules:
+        if module.rank is not None or module.band is not None:
+            alike.setdefault((module.name, overrides.get(module.path)), []).append(module)
+    rounded: dict[str, Module] = {}
+    for group in alike.values():
+        first = group[0]
+        u = sum(first.shape) if first.unit == "matrix" else first.shape[1]
+        r = [module.kept if module.rank is None else module.rank for module in group]
+        found = budget.rounded_sizes(r, u, first.compressible, settings.multiple_of)
+        for module, size in zip(group, found, strict=True):
+            if module.unit == "matrix":
+                rounded[module.path] = replace(module, rank=size)
+            else:
+                kept = module.shape[0] if size is None else size
+                rounded[module.path] = _keeping(module, kept, settings)
+    return rounded

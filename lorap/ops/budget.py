@@ -4,7 +4,7 @@ Pure Python: ranks and widths follow from shapes alone. The order of the floatin
 is part of the rule (SPEC: ``budget.ieee``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil, fsum
 
 Shape = tuple[int, int]
@@ -146,3 +146,42 @@ def removed_band(width: int, ratio: float, least_important: float) -> tuple[int,
     SPEC: ``budget.channels``.
     """
     return int(least_important * width), int((ratio + least_important) * width)
+
+
+def rounded_sizes(
+    sizes: Sequence[int], per_unit: int, dense: int, multiple: int
+) -> list[int | None]:
+    """Sizes of one module in the layers that share a budget, as multiples; None stands for dense.
+
+    What one layer gets too much or too little is carried to the next.
+
+    Parameters
+    ----------
+    sizes : sequence
+        Ranks, or numbers of channels, by layer, without those that are dense.
+    per_unit : int
+        Parameters of one rank or channel.
+    dense : int
+        Parameters of the dense module.
+    multiple : int
+        1 returns the sizes as they are.
+
+    Notes
+    -----
+    SPEC: ``budget.multiple``.
+    """
+    step = multiple * per_unit
+    rounded: list[int | None] = []
+    carried = 0
+    for size in sizes:
+        if size < multiple:
+            rounded.append(size)
+            continue
+        # More than half a step, so that it never goes to zero.
+        due = size * per_unit + carried
+        below = min(due // step * step, dense)
+        above = min(below + step, dense)
+        held = above if above - due < due - below else below
+        carried = due - held
+        rounded.append(None if held == dense else held // per_unit)
+    return rounded
