@@ -717,7 +717,12 @@ METHODS: dict[str, dict[str, Any]] = {
             Override("layers.2.mlp.up_proj", skip=True),
         ),
     },
-    "marginal, svd and asvd": {"allocation": "marginal", "mha": "svd", "ffn": "asvd"},
+    "marginal, svd and asvd": {
+        "allocation": "marginal",
+        "mha": "svd",
+        "ffn": "asvd",
+        "multiple_of": 4,
+    },
     "multiples": {"multiple_of": 3, "ratio": 0.2, "ratio_scope": "layer"},
     "multiples of its own ratios": {
         "multiple_of": 8,
