@@ -13,7 +13,7 @@ from parity_tests.compare import collector
 
 settings.register_profile("dev", max_examples=50, deadline=None)
 settings.register_profile(
-    "ci", max_examples=200, derandomize=True, deadline=None, print_blob=True, database=None
+    "ci", max_examples=120, derandomize=True, deadline=None, print_blob=True, database=None
 )
 settings.register_profile(
     "nightly",
@@ -24,7 +24,10 @@ settings.register_profile(
 )
 # For changed code: that it fails is enough, the smallest example of it is not needed.
 settings.register_profile(
-    "mutants", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate)
+    "mutants",
+    settings.get_profile("ci"),
+    max_examples=200,
+    phases=(Phase.explicit, Phase.generate),
 )
 settings.register_profile("mutants-first", settings.get_profile("mutants"), max_examples=20)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))

@@ -65,10 +65,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "import lorap; from transformers import AutoConfig as auto",
         "from transformers import AutoModel as auto; import lorap",
-        "import lorap; from transformers.models.llama import LlamaForCausalLM; "
-        "from transformers import AutoModelForCausalLM as auto",
-        "import lorap; from transformers.models.auto.modeling_auto import AutoModel as auto",
-        "import lorap.families.modeling_lorap; from transformers import AutoModel as auto",
+        pytest.param(
+            "import lorap; from transformers.models.llama import LlamaForCausalLM; "
+            "from transformers import AutoModelForCausalLM as auto",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "import lorap; from transformers.models.auto.modeling_auto import AutoModel as auto",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "import lorap.families.modeling_lorap; from transformers import AutoModel as auto",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_auto_classes_load_in_every_order_of_imports(imports: str, checkpoint: Path) -> None:

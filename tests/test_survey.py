@@ -145,6 +145,8 @@ def test_a_sample_of_layers_is_what_all_layers_have_there(
         **SAMPLES,
     )
     assert some.layers == survey.layers[1:2]
+    for kind, norms in survey.layers[1].norms.items():
+        assert torch.equal(some.layers[0].norms[kind], norms)
     # The layer before it is run, the one after it is not.
     assert calls == [(0, 2), (1, 2), (2, 2)]
     alone = lorap.inspect_checkpoint(model, layers=[2, 0, 2], device="cpu")

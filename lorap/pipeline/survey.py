@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class LayerSurvey:
     index: int
     svd: dict[str, Spectrum]
     awsvd: dict[str, Spectrum]
-    norms: dict[Input, Tensor]
+    norms: dict[Input, Tensor] = field(compare=False)
     outliers: dict[Input, float | None]
     similarities: dict[Sublayer, float]
 
