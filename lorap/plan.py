@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
@@ -351,12 +352,8 @@ def make_plan(
     ``mgaa.plan``, ``marginal.plan``.
     """
     planner = _Planner(model_config, family, config, measurements)
-    try:
+    with planner.refusing():
         sizes = planner.sizes(planner.layer_ratio)
-    except _UnreachableError as reason:
-        raise UsageError(
-            f"ratio {config.ratio} cannot be reached: {reason}; {planner.advice()}"
-        ) from None
     return planner.plan(planner.rounded(sizes))
 
 
@@ -373,9 +370,15 @@ def draft_plan(model_config: PretrainedConfig, family: Family, config: Compressi
     Raises
     ------
     UsageError
-        As ``make_plan``.
+        As ``make_plan``, and if the floors of ``marginal`` alone are too much: before anything is
+        measured.
     """
-    return make_plan(model_config, family, config.without_measurements())
+    plan = make_plan(model_config, family, config.without_measurements())
+    if config.is_marginal and plan.layer_ratio is not None:
+        planner = _Planner(model_config, family, config, None)
+        with planner.refusing():
+            planner.floors_and_budget(plan.layer_ratio)
+    return plan
 
 
 def probe_plan(model_config: PretrainedConfig, family: Family, config: CompressionConfig) -> Plan:
@@ -551,12 +554,9 @@ class _Planner:
     def _marginal_sizes(self, ratio: float) -> dict[str, _Size]:
         """Return the sizes, by path, of the free modules that ``marginal`` does not leave dense."""
         config, known = self.config, self._measured()
-        even = _Planner(self.model_config, self.family, config.without_measurements(), None)
-        held = even.plan(even.sizes(ratio))
+        floors, budget_left = self.floors_and_budget(ratio)
         curves: dict[str, marginal.Curve] = {}
         sensitivities: dict[str, float] = {}
-        floors: dict[str, int] = {}
-        budget_left = 0
         for module in self.free:
             path = module.path
             if module.kind == "matrix":
@@ -568,19 +568,30 @@ class _Planner:
             if path in known.divergences:
                 error = curve[1][marginal.middle(len(curve[1]))]
                 sensitivities[path] = marginal.sensitivity(known.divergences[path], error)
-            floors[path] = int(config.mgaa_floor * ((1 - ratio) * module.compressible))
-            budget_left += held.layers[module.layer][module.name].parameters
-            budget_left -= module.fixed_parameters
         places = marginal.marginal_sizes(curves, sensitivities, budget_left, floors)
-        if sum(curves[path][0][place] for path, place in places.items()) > budget_left:
-            raise _UnreachableError(
-                f"at a layer ratio of {ratio:.4f} the least that every module keeps is too much"
-            )
         return {
             module.path: _size_at(module, places[module.path], config)
             for module in self.free
             if places[module.path] < len(curves[module.path][0]) - 1
         }
+
+    def floors_and_budget(self, ratio: float) -> tuple[dict[str, int], int]:
+        """Return what ``marginal`` leaves each free module at least, by path, and all together."""
+        even = _Planner(self.model_config, self.family, self.config.without_measurements(), None)
+        held = even.plan(even.sizes(ratio))
+        floors: dict[str, int] = {}
+        budget_left, least = 0, 0
+        for module in self.free:
+            floor = int(self.config.mgaa_floor * ((1 - ratio) * module.compressible))
+            floors[module.path] = floor
+            least += _least_held(module, floor)
+            budget_left += held.layers[module.layer][module.name].parameters
+            budget_left -= module.fixed_parameters
+        if least > budget_left:
+            raise _UnreachableError(
+                f"at a layer ratio of {ratio:.4f} the least that every module keeps is too much"
+            )
+        return floors, budget_left
 
     def _measured(self) -> Measurements:
         if self.measurements is None:
@@ -654,6 +665,16 @@ class _Planner:
                 else:
                     rounded[module.path] = _band_of_size(module.shape[0], size, self.config)
         return rounded
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Turn a ratio that cannot be reached into what the user is told."""
+        try:
+            yield
+        except _UnreachableError as reason:
+            raise UsageError(
+                f"ratio {self.config.ratio} cannot be reached: {reason}; {self.advice()}"
+            ) from None
 
     def advice(self) -> str:
         """Say which ratio can be reached: the largest, rounded down to 4 decimals."""
@@ -887,6 +908,15 @@ def _sizes_below_dense(module: _Module) -> int:
         return module.shape[0] - 1
     below = (module.compressible - module.new_bias - 1) // sum(module.shape)
     return max(0, min(below, *module.shape))
+
+
+def _least_held(module: _Module, floor: int) -> int:
+    """Return the parameters of the smallest size that holds at least so many."""
+    per_unit = sum(module.shape) if module.kind == "matrix" else module.shape[1]
+    units = max(1, math.ceil((floor - module.new_bias) / per_unit))
+    if units > _sizes_below_dense(module):
+        return module.compressible
+    return units * per_unit + module.new_bias
 
 
 def _size_at(module: _Module, place: int, config: CompressionConfig) -> _Size:

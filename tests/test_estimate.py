@@ -190,6 +190,15 @@ def test_probes_are_kept_for_every_module() -> None:
     assert on_disk[1] - on_disk[0] == 16 * state * (5 * (3 + 2 + 1) + 4)
 
 
+def test_predictions_of_a_large_vocabulary_are_counted() -> None:
+    """Three times 16 samples of 64 tokens, and the weights of embedding and head."""
+    model = tiny_config(vocab_size=60_000, dtype="float32", tie_word_embeddings=False)
+    best = {"mha": "pca", "ffn": "pca", "allocation": "marginal"}
+    found = estimated(model, seqlen=64, **best).memory["cpu"]
+    assert found["workspace"] == 3 * 4 * 16 * 64 * 60_000
+    assert found["weights"] == 4 * (2 * 60_000 * 32 + 32)
+
+
 def test_the_bytes_written_are_those_of_the_files(tmp_path: Path) -> None:
     save_tiny_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     np.save(tmp_path / "ids.npy", token_ids(8, 16).numpy())

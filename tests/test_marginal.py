@@ -16,11 +16,11 @@ from torch import Tensor
 
 import lorap
 from lorap.config import CompressionConfig, Override
-from lorap.errors import UsageError
+from lorap.errors import LorapError, UsageError
 from lorap.families import family_of
 from lorap.pipeline.forward import PROBES
 from lorap.plan import Measurements, draft_plan, make_plan, probe_plan
-from tests.tiny_models import save_tiny_checkpoint, tiny_config, token_ids
+from tests.tiny_models import save_tiny_checkpoint, tiny_config, tiny_model, token_ids
 
 BEST: dict[str, Any] = {
     "mha": "pca",
@@ -218,6 +218,27 @@ def test_a_floor_that_does_not_fit_is_refused() -> None:
     config = CompressionConfig(ratio=0.45, ratio_scope="layer", mgaa_floor=1.0, **BEST)
     with pytest.raises(UsageError, match="a smaller ratio or mgaa_floor leaves room"):
         make_plan(model, family_of(model), config, measured({}))
+    # It depends on no measurement, so that none is made for nothing.
+    with pytest.raises(UsageError, match="a smaller ratio or mgaa_floor leaves room"):
+        draft_plan(model, family_of(model), config)
+
+
+@pytest.mark.parametrize("mha", ["pca", "afm"])
+@pytest.mark.parametrize("floor", [0.0, 0.25, 0.8, 0.9])
+def test_the_floors_are_the_sizes_of_what_the_model_minds_least(mha: str, floor: float) -> None:
+    """Where nothing matters every module gets its smallest size, which the draft knows already."""
+    model = tiny_config()
+    settings = BEST | {"mha": mha, "mgaa_floor": floor}
+    config = CompressionConfig(ratio=0.3, ratio_scope="layer", **settings)
+    every = ("q", "k", "v", "o", "mlp")
+    plan = make_plan(model, family_of(model), config, measured(dict.fromkeys(every, 0.0)))
+    for layer in plan.layers:
+        for module in layer.values():
+            least = floor * 0.7 * module.compressible
+            bias = 32 if module.bias else 0
+            step = 96 if module.kind == "channels" else 64
+            if module.kind != "dense":
+                assert least <= module.parameters < max(least, bias + 1) + step
 
 
 @pytest.mark.parametrize(
@@ -285,6 +306,63 @@ def test_only_the_first_samples_are_probed(tmp_path: Path) -> None:
     for path, value in base.items():
         assert masked[path] == pytest.approx(value, rel=1e-9)
         assert batched[path] == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ratio": 0.001},
+        {"ratio": 0.1, "overrides": (Override("layers.1.mlp", width=48),)},
+        {"ratio": 0.1, "overrides": (Override("layers.1.mlp", ratio=0.001),)},
+    ],
+)
+def test_a_block_that_even_ratios_leave_whole_is_measured(settings: dict[str, Any]) -> None:
+    config = CompressionConfig(**BEST, **settings)
+    compressed = lorap.compress(tiny_model(), config, calibration=token_ids(4, 10))
+    assert sum(p.numel() for p in compressed.parameters()) < sum(
+        p.numel() for p in tiny_model().parameters()
+    )
+
+
+def test_nothing_is_measured_of_what_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorap.pipeline import measure
+
+    seen = []
+    real = measure.observe
+
+    def observe(layer: Any, index: int, family: Any, wanted: Any, *more: Any, **also: Any) -> Any:
+        seen.append(set(wanted))
+        return real(layer, index, family, wanted, *more, **also)
+
+    monkeypatch.setattr(measure, "observe", observe)
+    overrides = (Override("layers.1.self_attn.o_proj", skip=True),)
+    config = CompressionConfig(
+        ratio=0.1, mha="pca", allocation="marginal", sublayers=("mha",), overrides=overrides
+    )
+    lorap.compress(tiny_model(), config, calibration=token_ids(4, 10))
+    assert seen == [{"attention", "o"}, {"attention"}, {"attention", "o"}]
+
+
+def test_probes_without_a_token_that_counts_are_refused() -> None:
+    ids = token_ids(PROBES + 4, 10)
+    mask = torch.ones_like(ids)
+    mask[:PROBES] = 0
+    config = CompressionConfig(ratio=0.3, **BEST)
+    with pytest.raises(UsageError, match="attention_mask: expected a token that counts in the fir"):
+        lorap.compress(tiny_model(), config, calibration=ids, attention_mask=mask)
+    mask[PROBES - 1, -1] = 1
+    lorap.compress(tiny_model(), config, calibration=ids, attention_mask=mask)
+
+
+def test_predictions_that_are_not_finite_are_refused() -> None:
+    """The hidden states are, and without the check the sizes would be the smallest."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e38)
+    assert torch.isfinite(model.lm_head.weight).all()
+    config = CompressionConfig(ratio=0.3, **BEST)
+    with pytest.raises(LorapError, match=r"layers.0.self_attn.q_proj: the predictions .* NaN or i"):
+        lorap.compress(model, config, calibration=token_ids(4, 10))
 
 
 def test_the_divergence_is_that_of_the_model_that_has_the_module_small(tmp_path: Path) -> None:

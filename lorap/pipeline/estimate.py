@@ -110,9 +110,10 @@ def estimate(
       blocks are too small for the C library to give them back (``LARGE_BLOCK``).
 
     The others are the moments at which the samples are embedded, and at which the tensors outside
-    the layers are copied; with importance ``taylor`` also the head's and a layer's gradients. None
-    of it grows with the number of layers, but for the activations with ``taylor``, and those of the
-    probes with the marginal allocation.
+    the layers are copied; with importance ``taylor`` also the head's and a layer's gradients, with
+    the marginal allocation the predictions of two models. None of it grows with the number of
+    layers, but for the activations with ``taylor``, and those of the probes with the marginal
+    allocation.
 
     Everything in the model's files is looked at once, and read again to be computed with or copied,
     the embedding for both; measurements read the layers once more, gradients twice, and the probes
@@ -353,6 +354,8 @@ class _Estimator:
                 yield from self._moments_of_layer(index, previous)
         if self.config.measures_gradients:
             yield from self._moments_of_gradients()
+        if self.probed:
+            yield self._moment_of_predictions()
 
     def _moments_of_layer(self, index: int, previous: int) -> Iterable[dict[str, int]]:
         layer, plan = self.layers[index], self.plan.layers[index]
@@ -396,6 +399,16 @@ class _Estimator:
         yield {
             "weights": 2 * size + self._cast(size),
             "workspace": max(backward, 24 * scored),
+        }
+
+    def _moment_of_predictions(self) -> dict[str, int]:
+        """Return what the marginal allocation holds when it compares predictions."""
+        others = sum(self.others.values())
+        # The model's own, those of the one that approximates it, and one more while they are made.
+        predictions = min(PROBES, self.batch_samples) * self.config.seqlen * self.vocabulary
+        return {
+            "weights": others + self._cast(others),
+            "workspace": 3 * self.computed * predictions,
         }
 
     def _cast(self, size: int) -> int:

@@ -227,6 +227,8 @@ def _measure_forward_(
     family = decoder.family
 
     def statistics_of(module: ModulePlan, role: str) -> frozenset[Statistic]:
+        if module.untouched:
+            return frozenset()
         if module.sublayer in config.spectrum_sublayers:
             return STATISTICS[low_rank_method(config, module.sublayer)]
         return frozenset({"moment"} if config.is_marginal and role == "down" else ())
@@ -246,13 +248,14 @@ def _measure_forward_(
     names = {**family.attention, **family.ffn}
     original = decoder.split(layer.original)
 
-    def weight(module: ModulePlan) -> Tensor:
-        roles = module.roles if module.kind != "channels" else ("down",)
-        parts = [original[f"{names[role]}.weight"] for role in roles]
-        return parts[0] if len(parts) == 1 else stacked(parts)
-
     def is_factored(module: ModulePlan) -> bool:
         return module.sublayer in config.spectrum_sublayers
+
+    def weight(module: ModulePlan) -> Tensor:
+        # By the method: the draft may leave dense what the measured plan prunes.
+        roles = module.roles if is_factored(module) else ("down",)
+        parts = [original[f"{names[role]}.weight"] for role in roles]
+        return parts[0] if len(parts) == 1 else stacked(parts)
 
     def cost(job: tuple[str, ModulePlan]) -> float:
         shape = weight(job[1]).shape

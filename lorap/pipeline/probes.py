@@ -8,6 +8,7 @@ has the streams of some modules, and all samples.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorap.config import CompressionConfig
+from lorap.errors import LorapError, UsageError
 from lorap.families.fused import join
 from lorap.ops.marginal import divergence_sum
 from lorap.pipeline.activations import Store
@@ -41,6 +43,11 @@ class Probes:
     config : CompressionConfig
     processes : Processes
 
+    Raises
+    ------
+    UsageError
+        If no token of the probes counts.
+
     Notes
     -----
     SPEC: ``marginal.measure``.
@@ -55,6 +62,12 @@ class Probes:
         processes: Processes,
     ) -> None:
         self._samples = samples.probes()
+        if self._samples.mask is not None and not self._samples.mask.any():
+            raise UsageError(
+                f"attention_mask: expected a token that counts in the first "
+                f"{len(self._samples.input_ids)} samples, which allocation marginal measures by, "
+                "got none"
+            )
         self._decoder, self._config, self._processes = decoder, config, processes
         self._plan = probe_plan(decoder.config, decoder.family, config)
         self._own = decoder.embed(self._samples, store)
@@ -110,7 +123,13 @@ class Probes:
         _run(layer, index, self._own)
 
     def divergences(self) -> dict[str, float]:
-        """Return by path of a module the mean divergence of the predictions, over the tokens."""
+        """Return by path of a module the mean divergence of the predictions, over the tokens.
+
+        Raises
+        ------
+        LorapError
+            If predictions are not finite.
+        """
         head = Head(self._decoder)
         totals = dict.fromkeys(self._streams, 0.0)
         with torch.no_grad():
@@ -118,13 +137,20 @@ class Probes:
             for number, (ids, mask) in enumerate(forwards):
                 expected = head.logits(ids, mask, self._own[number].kept.load())
                 for path, stream in self._streams.items():
-                    found = head.logits(ids, mask, stream[number].kept.load())
-                    totals[path] += divergence_sum(expected, found, mask)
+                    logits = head.logits(ids, mask, stream[number].kept.load())
+                    totals[path] += divergence_sum(expected, logits, mask)
         tokens = sum(batch.tokens for batch in self._own)
-        return {
+        found = {
             path: self._processes.tell(totals.get(path, 0.0), owner) / tokens
             for path, owner in self._owners.items()
         }
+        for path, divergence in found.items():
+            if not math.isfinite(divergence):
+                raise LorapError(
+                    f"{path}: the predictions of the model, or of the one that has it small, hold "
+                    f"NaN or inf; computed in {self._decoder.dtype}: a wider --dtype may help"
+                )
+        return found
 
 
 def _run(layer: nn.Module, index: int, stream: list[Batch]) -> None:
