@@ -149,7 +149,9 @@ def linears_of(model: Any) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.flap", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("model", help="folder of a LLaMA")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])
     parser.add_argument("--calibration", help="SOURCE; default: 128 sampled sequences")

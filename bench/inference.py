@@ -38,6 +38,7 @@ from transformers import AutoConfig, StaticCache
 
 from bench.models import SHAPES, Shape, configuration
 from lorap.config import CompressionConfig
+from lorap.errors import UsageError
 from lorap.families import family_of
 from lorap.plan import Plan, make_plan
 from lorap.runtime import versions
@@ -406,18 +407,32 @@ def shares(found: Sequence[Saving]) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="medium")
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])
-    parser.add_argument("--multiple-of", type=int, nargs="+", default=[1])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--modes", nargs="+", choices=MODES)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.inference", description=__doc__.split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="medium", help="weights are random; default: medium")
+    add("--layers", type=int, help="in the place of the shape's")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="default: float32",
+    )
+    add(
+        "--ratios",
+        type=float,
+        nargs="+",
+        default=[0.2, 0.5],
+        help="of all parameters; default: 0.2 0.5",
+    )
+    add("--multiple-of", type=int, nargs="+", default=[1], help="each at all ratios; default: 1")
+    add("--batch", type=int, nargs="+", default=[1, 16], help="prompts at once; default: 1 16")
+    add("--prompt", type=int, default=64, help="tokens of each; default: 64")
+    add("--new-tokens", type=int, default=16, help="that decode is timed over; default: 16")
+    add("--modes", nargs="+", choices=MODES, help="default: all that the device has")
+    add("--repeats", type=int, default=5, help="of which the median counts; default: 5")
     given = parser.parse_args(arguments)
     # Without CUDA there are no CUDA graphs.
     modes = given.modes or (MODES if given.device == "cuda" else MODES[:2])
@@ -428,16 +443,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shape = replace(shape, layers=given.layers)
     print(f"`python -m bench.inference {shlex.join(arguments or sys.argv[1:])}`")
     print(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores\n", flush=True)
-    timed = list(
-        models(
-            shape,
-            given.ratios,
-            given.multiple_of,
-            prompt=given.prompt,
-            dtype=getattr(torch, given.dtype),
-            device=torch.device(given.device),
+    try:
+        timed = list(
+            models(
+                shape,
+                given.ratios,
+                given.multiple_of,
+                prompt=given.prompt,
+                dtype=getattr(torch, given.dtype),
+                device=torch.device(given.device),
+            )
         )
-    )
+    except UsageError as error:
+        parser.error(str(error))
     print("| batch | mode | phase | model | ms | tokens/s | G MACs of a prompt | memory, MiB |")
     print("|---|---|---|---|---|---|---|---|")
     rows: list[Row] = []

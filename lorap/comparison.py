@@ -129,7 +129,10 @@ def _method(settings: Mapping[str, Any]) -> str:
     if settings["joint_qk"]:
         parts.append("joint qk")
     allocation = str(settings["allocation"]).removesuffix(".0")
-    return f"{' + '.join(parts)}, allocation {allocation}"
+    # Reports of before this setting lack it.
+    multiple = settings.get("multiple_of", 1)
+    rounded = "" if multiple == 1 else f", multiples of {multiple}"
+    return f"{' + '.join(parts)}, allocation {allocation}{rounded}"
 
 
 def _means(layers: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:

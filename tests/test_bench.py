@@ -207,6 +207,13 @@ def timed() -> list[inference.Model]:
     return list(inference.models(TINY, [0.2], [1, 8], **settings))
 
 
+def test_a_ratio_out_of_range_is_refused_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        inference.main(["--shape", "small", "--layers", "1", "--ratios", "1.5"])
+    assert stopped.value.code == 2
+    assert "above 0 and below 1" in capsys.readouterr().err
+
+
 def test_macs_and_bytes_by_hand(timed: list[inference.Model]) -> None:
     dense, exact, rounded = timed
     linears, norms, head = 2 * (4 * 64 * 64 + 3 * 64 * 176), 5 * 64, 512 * 64

@@ -327,6 +327,17 @@ def test_a_missing_file_is_refused(
     assert "nothing.txt" in capsys.readouterr().err
 
 
+def test_an_unknown_setting_of_recovery_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = words_for(place, "table7", tmp_path / "new")
+    assert main([*words, "--recovery", "rate=0.1"]) == 2
+    error = capsys.readouterr().err
+    assert "learning_rate" in error
+    assert "got 'rate'" in error
+    assert not (tmp_path / "new").exists()
+
+
 def test_evaluations_of_one_name_are_refused(place: Path, tmp_path: Path) -> None:
     (tmp_path / "first.txt").write_text("w3 w4")
     source = no_sources(place, evaluation=(f"{place}/first.txt", f"{tmp_path}/first.txt"))

@@ -19,7 +19,7 @@ from tests.tiny_models import save_tiny_checkpoint
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {"ratio": 0.3},
-    "factors": {"ratio": 0.5, "ffn": "svd", "mha": "pca", "joint_qk": True},
+    "factors": {"ratio": 0.5, "ffn": "svd", "mha": "pca", "joint_qk": True, "multiple_of": 2},
 }
 
 
@@ -97,7 +97,7 @@ def test_the_table_has_a_cell_for_each_model(folder: Path) -> None:
     assert rows["ratio asked"] == ["30.00%", "50.00%"]
     assert rows["method"] == [
         "awsvd + channels, allocation 3",
-        "pca + svd + joint qk, allocation 3",
+        "pca + svd + joint qk, allocation 3, multiples of 2",
     ]
     assert rows["error, qk"][0] == ""
     assert "recovered" not in rows

@@ -167,7 +167,15 @@ def test_the_plan_of_a_checkpoint_has_an_estimate(tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", token_ids(8, 16).numpy())
     measured = replace(config, allocation="mgaa")
     source = str(tmp_path / "ids.npy")
-    again = lorap.plan_checkpoint(tmp_path / "model", measured, calibration=source).estimate
+    calls: list[tuple[int, int]] = []
+    again = lorap.plan_checkpoint(
+        tmp_path / "model",
+        measured,
+        calibration=source,
+        progress=lambda *call: calls.append(call),
+    ).estimate
+    # A plan measures, and compresses nothing.
+    assert calls[-1][0] == calls[-1][1] > 0
     assert again is not None
     assert again.read["model"] > plan.estimate.read["model"]
 

@@ -250,6 +250,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "measured": {"allocation": "mgaa", "joint_qk": True},
     "factors": {"ffn": "svd", "sublayers": ("ffn",)},
     "heads": {"mha": "heads", "importance": "taylor", "ratio": 0.4},
+    "rounded": {"multiple_of": 8},
 }
 
 
@@ -280,9 +281,11 @@ def test_the_page_is_whole_and_says_what_the_report_does(folder: Path, name: str
             for key, word in (("rank", "rank"), ("width", "width"), ("kv_heads", "kv heads")):
                 if key in found and found["kind"] != "dense":
                     assert f"{word} {found[key]:,}" in shown
-    assert ("Ratios by layer" in shown) == (name == "measured")
+    assert ("Ratios by layer" in shown) == (name in ("measured", "rounded"))
+    assert ("rounded to multiples of 8;" in shown) == (name == "rounded")
+    assert "As the recipe's overrides have it." not in shown
     assert ("cosine of" in shown) == (name == "measured")
-    assert ("Scores" in shown) == (name in ("paper", "measured", "heads"))
+    assert ("Scores" in shown) == (name != "factors")
     assert ("ranks of the factored matrices" in shown) == (name != "heads")
     assert ("key/value heads" in shown) == (name == "heads")
 

@@ -13,6 +13,7 @@ cannot be had is refused, and nothing put in its place.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
@@ -71,21 +72,33 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.paper", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("name", nargs="?", choices=STUDIES, metavar="NAME")
+    parser.add_argument("name", nargs="?", choices=STUDIES, metavar="NAME", help="of --list")
     parser.add_argument("--list", action="store_true", help="the names, and what data each needs")
     parser.add_argument("--model", help="a local folder or a hub name")
-    parser.add_argument("--calibration", metavar="SOURCE")
-    parser.add_argument("--eval", nargs="+", metavar="SOURCE", help="one or more")
+    parser.add_argument(
+        "--calibration", metavar="SOURCE", help="as lorap compress takes it, or 'sampled'"
+    )
+    parser.add_argument("--eval", nargs="+", metavar="SOURCE", help="one or more, likewise")
     parser.add_argument("--training", metavar="SOURCE", help="of what is tuned")
     parser.add_argument("--tasks", choices=["paper", "none"], help="the paper's seven")
     parser.add_argument("--ratios", type=float, nargs="+", help="in the place of the study's own")
-    parser.add_argument("--ratio-scope", choices=["model", "layer"], default="model")
+    parser.add_argument(
+        "--ratio-scope", choices=["model", "layer"], default="model", help="default: model"
+    )
     parser.add_argument(
         "--recovery", default="", metavar="'NAME=VALUE ...'", help="settings of lorap recover"
     )
-    parser.add_argument("--prompt", action="append", default=[], help="of generations")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("build/paper"), metavar="FOLDER")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="of generations; may be repeated"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and of calibration")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/paper"),
+        metavar="FOLDER",
+        help="for the table, and for stored cells; default: build/paper",
+    )
     parser.add_argument("--again", action="store_true", help="measure stored cells too")
     parser.add_argument("--cost", action="store_true", help="say what it costs, and no more")
     return parser
@@ -105,7 +118,7 @@ def _run(given: argparse.Namespace, words: Sequence[str]) -> None:
         tasks=usual["tasks"] if given.tasks is None else given.tasks == "paper",
         seed=given.seed,
     )
-    recovery: dict[str, Any] = RecoveryConfig(**parse_settings(given.recovery)).to_dict()
+    recovery = _recovery(given.recovery)
     request = Request(
         data=data,
         scope=given.ratio_scope,
@@ -136,6 +149,16 @@ def _run(given: argparse.Namespace, words: Sequence[str]) -> None:
     if drawn is not None:
         files[f"{given.name}.svg"] = drawn
     write_files(given.output, files)
+
+
+def _recovery(text: str) -> dict[str, Any]:
+    """Return all settings of a recovery, of which `text` gives some."""
+    settings = parse_settings(text)
+    known = [field.name for field in dataclasses.fields(RecoveryConfig)]
+    for name in settings:
+        if name not in known:
+            raise UsageError(f"--recovery: expected names among {', '.join(known)}, got {name!r}")
+    return RecoveryConfig(**settings).to_dict()
 
 
 if __name__ == "__main__":

@@ -224,9 +224,19 @@ def _ratios(report: Mapping[str, Any]) -> list[str]:
         charts.append(
             lines("cosine of a sub-layer's input and output", places, similar, unit="number")
         )
-    how = "As the recipe's overrides have it."
+    reasons = []
     if measured:
-        how = f"Planned from measurements (allocation {allocation})."
+        reasons.append(f"Planned from measurements (allocation {allocation}).")
+    elif report["settings"]["overrides"]:
+        reasons.append("As the recipe's overrides have it.")
+    # Reports of before this setting lack it.
+    multiple = report["settings"].get("multiple_of", 1)
+    if multiple > 1:
+        reasons.append(
+            f"Ranks and widths are rounded to multiples of {multiple}; what that adds or takes is "
+            "carried to the next layer."
+        )
+    how = " ".join(reasons)
     return [page.heading("Ratios by layer"), page.paragraph(how), page.figures(charts)]
 
 

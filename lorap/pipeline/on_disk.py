@@ -459,7 +459,7 @@ def plan_checkpoint(
     decoder = decoder_of(reader, choose_device(config.device), choose_dtype(config.dtype))
     samples = Samples(chosen.input_ids, batch_size=config.batch_size)
     draft = draft_plan(reader.config, reader.family, config)
-    advance = Steps(progress, config, decoder.layers)
+    advance = Steps(progress, config, decoder.layers, compresses=False)
     store = decoder.store(samples, config)
     with Inspection(reader.iter_tensors()):
         plan, _ = measured_plan(decoder, samples, store, draft, config, advance)

@@ -21,10 +21,19 @@ class Steps:
         Says which passes there are.
     layers : int
         Decoder layers of the model.
+    compresses : bool
+        Whether a pass follows those that measure.
     """
 
-    def __init__(self, progress: Progress | None, config: CompressionConfig, layers: int) -> None:
-        passes = 1 + config.measures + config.measures_gradients
+    def __init__(
+        self,
+        progress: Progress | None,
+        config: CompressionConfig,
+        layers: int,
+        *,
+        compresses: bool = True,
+    ) -> None:
+        passes = compresses + config.measures + config.measures_gradients
         self._progress, self._total, self._done = progress, passes * layers, -1
         self._layers = layers
         self()
