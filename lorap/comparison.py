@@ -128,11 +128,17 @@ def _method(settings: Mapping[str, Any]) -> str:
     parts = [settings[sublayer] for sublayer in ("mha", "ffn") if sublayer in settings["sublayers"]]
     if settings["joint_qk"]:
         parts.append("joint qk")
-    allocation = str(settings["allocation"]).removesuffix(".0")
-    # Reports of before this setting lack it.
-    multiple = settings.get("multiple_of", 1)
-    rounded = "" if multiple == 1 else f", multiples of {multiple}"
-    return f"{' + '.join(parts)}, allocation {allocation}{rounded}"
+    said = [" + ".join(parts), f"allocation {str(settings['allocation']).removesuffix('.0')}"]
+    # Reports of before these settings lack them.
+    if settings.get("selection", "scores") != "scores":
+        said.append(str(settings["selection"]))
+    if settings.get("update", "none") != "none":
+        said.append(str(settings["update"]))
+    if settings.get("dense_target") is not None:
+        said.append(f"dense target {settings['dense_target']:g}")
+    if settings.get("multiple_of", 1) != 1:
+        said.append(f"multiples of {settings['multiple_of']}")
+    return ", ".join(said)
 
 
 def _means(layers: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import lorap
-from lorap import cli
+from lorap import cli, comparison
 from lorap.checkpoint.files import EVALUATION, REPORT
 from lorap.errors import UsageError
 from tests.tiny_models import save_tiny_checkpoint
@@ -100,6 +100,11 @@ def test_the_table_has_a_cell_for_each_model(folder: Path) -> None:
         "pca + svd + joint qk, allocation 3, multiples of 2",
     ]
     assert rows["error, qk"][0] == ""
+    best = said(folder / "paper")
+    best["settings"] |= {"selection": "obs", "update": "least-squares", "dense_target": 0.5}
+    assert comparison._method(best["settings"]) == (
+        "awsvd + channels, allocation 3, obs, least-squares, dense target 0.5"
+    )
     assert "recovered" not in rows
     lines = done.stdout.splitlines()
     assert lines[0].split() == [str(name) for name in names]
