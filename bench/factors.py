@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.inference import Clock
+from bench.timing import Clock, thread_clock
 from lorap.runtime import versions
 
 LAYERS = 6
@@ -91,7 +91,7 @@ def compare(
         "one product": one_product,
         "transposed": transposed,
     }
-    clock, taken = Clock(device), {name: list[float]() for name in ways}
+    clock, taken = Clock(device, thread_clock()), {name: list[float]() for name in ways}
     with torch.inference_mode():
         for turn in range(repeats + 2):
             for name, work in ways.items():

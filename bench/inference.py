@@ -26,7 +26,6 @@ import os
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from torch import Tensor
 from transformers import AutoConfig, StaticCache
 
 from bench.models import SHAPES, Shape, configuration
+from bench.timing import Clock, thread_clock
 from lorap.config import CompressionConfig
 from lorap.errors import UsageError
 from lorap.families import family_of
@@ -250,28 +250,6 @@ class Run:
         return output
 
 
-class Clock:
-    """Measures seconds: on a GPU by events, and of a single thread what it had of the CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-
-    def __call__(self, work: Callable[[], object]) -> float:
-        """Return how long some work takes."""
-        if not self.on_gpu:
-            start = self.now()
-            work()
-            return self.now() - start
-        event: Any = torch.cuda.Event
-        begin, end = event(enable_timing=True), event(enable_timing=True)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
-
-
 @contextmanager
 def _many_graphs() -> Iterator[None]:
     """Let one forward be compiled for all models, batches and phases of a mode."""
@@ -303,7 +281,7 @@ def measure(
     device = timed[0].module.device
     vocabulary = timed[0].module.config.vocab_size
     ids = torch.randint(3, vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
-    clock = Clock(device)
+    clock = Clock(device, thread_clock())
     rows = []
     # Not inference mode, whose tensors a compiled function may not write to.
     with torch.no_grad(), _many_graphs():

@@ -16,13 +16,12 @@ import os
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.timing import Clock
 from lorap.ops import solvers
 from lorap.runtime import versions
 
@@ -127,24 +126,10 @@ def weighted_matrix(
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Return the median time of some runs; on a GPU by events, after one run to warm up."""
-    if device.type != "cuda":
-        taken = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            work()
-            taken.append(time.perf_counter() - start)
-        return statistics.median(taken)
-    work()
-    taken = []
-    for _ in range(repeats):
-        event: Any = torch.cuda.Event
-        begin, end = event(enable_timing=True), event(enable_timing=True)
-        begin.record()
+    clock = Clock(device)
+    if clock.on_gpu:
         work()
-        end.record()
-        end.synchronize()
-        taken.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(taken)
+    return statistics.median(clock(work) for _ in range(repeats))
 
 
 def contract_share(matrix: Tensor, basis: Tensor, singular_values: Tensor) -> float:

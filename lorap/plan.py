@@ -402,7 +402,7 @@ def probe_plan(model_config: PretrainedConfig, family: Family, config: Compressi
     planner = _Planner(model_config, family, config.without_measurements(), None)
     sizes = {}
     for module in planner.free:
-        count = _sizes_below_dense(module)
+        count = _most(module, module.new_bias)
         if count:
             sizes[module.path] = _size_at(module, marginal.middle(count + 1), config)
     return planner.plan(sizes)
@@ -831,10 +831,18 @@ def _check_multiple(modules: Sequence[_Module], config: CompressionConfig) -> No
         )
 
 
-def _most(module: _Module) -> int:
-    """Return the largest rank, or number of channels, that is smaller than the dense module."""
-    whole = budget.break_even_rank(module.shape) if module.kind == "matrix" else module.shape[0]
-    return math.ceil(whole) - 1
+def _most(module: _Module, new_bias: int = 0) -> int:
+    """Return the largest rank, or number of channels, that is smaller than the dense module.
+
+    Parameters
+    ----------
+    module : _Module
+    new_bias : int
+        Parameters that a factored matrix has besides.
+    """
+    if module.kind != "matrix":
+        return module.shape[0] - 1
+    return max(0, (module.compressible - new_bias - 1) // sum(module.shape))
 
 
 def _resolve_overrides(
@@ -902,19 +910,11 @@ def _held(module: _Module, rank: int | None) -> int:
     return module.compressible if rank is None else rank * sum(module.shape)
 
 
-def _sizes_below_dense(module: _Module) -> int:
-    """Number of ranks, or widths, that hold fewer parameters than the dense module."""
-    if module.kind != "matrix":
-        return module.shape[0] - 1
-    below = (module.compressible - module.new_bias - 1) // sum(module.shape)
-    return max(0, min(below, *module.shape))
-
-
 def _least_held(module: _Module, floor: int) -> int:
     """Return the parameters of the smallest size that holds at least so many."""
     per_unit = sum(module.shape) if module.kind == "matrix" else module.shape[1]
     units = max(1, math.ceil((floor - module.new_bias) / per_unit))
-    if units > _sizes_below_dense(module):
+    if units > _most(module, module.new_bias):
         return module.compressible
     return units * per_unit + module.new_bias
 

@@ -1,6 +1,6 @@
 """LLaMAs on both sides: the same model, settings and samples for each."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,7 @@ from lorap.pipeline.layers import LayerResult, compress_layers
 from lorap.pipeline.measure import measured_plan
 from lorap.pipeline.progress import Steps
 from lorap.plan import Measurements, Plan, draft_plan
-from lorap_reference import algorithm1, budget, llama
+from lorap_reference import algorithm1, budget, llama, statistics
 from parity_tests import compare, rounding, tolerances
 from parity_tests.rounding import Known, Precision
 from parity_tests.tolerances import EPS32, EPS64
@@ -52,6 +52,40 @@ def float64_throughout() -> Iterator[None]:
         patch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
         patch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", rotary)
         yield
+
+
+def with_padding(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return ids with three more tokens behind each sample, and the mask that leaves them out."""
+    padded = np.concatenate([ids, ids[::-1, :3]], axis=1)
+    mask = np.arange(padded.shape[1])[None, :].repeat(len(ids), axis=0) < ids.shape[1]
+    return padded, mask
+
+
+@contextmanager
+def nudged(weights: Mapping[str, Array], nudge: float) -> Iterator[dict[str, Array]]:
+    """Give weights whose embeddings are off by a share, and put moments off by as much meanwhile.
+
+    How far the reference magnifies roundings is measured so: those of the residual stream, and
+    those of the moments, whose difference may be solved for.
+    """
+    rng = np.random.default_rng(0)
+    embeddings = weights["model.embed_tokens.weight"]
+    noise = 1 + nudge * rng.standard_normal(embeddings.shape)
+    exact = {"cross_moment": statistics.cross_moment, "second_moment": statistics.second_moment}
+
+    def off(name: str) -> Callable[..., Any]:
+        def moment(*inputs: Any) -> Any:
+            found = exact[name](*inputs)
+            shift = nudge * np.sqrt(np.outer(*(np.sum(x**2, axis=0) for x in (inputs * 2)[:2])))
+            errors = rng.standard_normal(found.shape)
+            return found + shift * (errors + (errors.T if name == "second_moment" else 0))
+
+        return moment
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in exact:
+            patch.setattr(statistics, name, off(name))
+        yield {**weights, "model.embed_tokens.weight": embeddings * noise}
 
 
 def reference_weights(model: PreTrainedModel) -> dict[str, Array]:

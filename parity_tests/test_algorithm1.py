@@ -1,6 +1,6 @@
 """Algorithm 1 whole: the reference on arrays against the pipeline on transformers' modules."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 from typing import Any, Literal, get_args
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lorap.config import CompressionConfig, FfnMethod, MhaMethod
 from lorap.demo import MODEL
 from lorap.pipeline.in_memory import compress
-from lorap_reference import algorithm1, budget, llama, mgaa, statistics
+from lorap_reference import algorithm1, budget, llama, mgaa
 from parity_tests import compare, llamas, rounding, steps, tolerances
 from parity_tests import strategies as own
 from parity_tests.rounding import Known, Precision
@@ -384,8 +384,7 @@ def test_stages(name: str, share: float) -> None:
     weights, shape = llama_.weights(), llama_.shape
     settings = llamas.reference_settings(config, model)
     new, layers = algorithm1.compress(weights, shape, ids, settings)
-    padded = np.concatenate([ids, ids[::-1, :3]], axis=1)
-    mask = np.arange(padded.shape[1])[None, :].repeat(len(ids), axis=0) < ids.shape[1]
+    padded, mask = llamas.with_padding(ids)
     compressed = compress(model, config, calibration=padded, attention_mask=mask)
     found = llamas.reference_weights(compressed)
     assert found.keys() == new.keys()
@@ -393,27 +392,9 @@ def test_stages(name: str, share: float) -> None:
         logits = compare.as_array(compressed(input_ids=torch.from_numpy(ids)).logits)
 
     theirs = llama.logits(new, shape, ids)
-    # How far the algorithm magnifies roundings is measured on the reference: those of the residual
-    # stream, and those of the moments, whose difference is solved for.
-    nudge, rng = 1e-9, np.random.default_rng(0)
-    embeddings = weights["model.embed_tokens.weight"]
-    noise = 1 + nudge * rng.standard_normal(embeddings.shape)
-    nudged = {**weights, "model.embed_tokens.weight": embeddings * noise}
-    exact = {"cross_moment": statistics.cross_moment, "second_moment": statistics.second_moment}
-
-    def off(name: str) -> Callable[..., Any]:
-        def moment(*inputs: Any) -> Any:
-            found = exact[name](*inputs)
-            shift = nudge * np.sqrt(np.outer(*(np.sum(x**2, axis=0) for x in (inputs * 2)[:2])))
-            errors = rng.standard_normal(found.shape)
-            return found + shift * (errors + (errors.T if name == "second_moment" else 0))
-
-        return moment
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name_ in exact:
-            patch.setattr(statistics, name_, off(name_))
-        other, others = algorithm1.compress(nudged, shape, ids, settings)
+    nudge = 1e-9
+    with llamas.nudged(weights, nudge) as moved_weights:
+        other, others = algorithm1.compress(moved_weights, shape, ids, settings)
     for one, two in zip(layers, others, strict=True):
         assert np.array_equal(one.kept, two.kept), "the nudge must not change what is kept"
     moved = np.max(np.abs(llama.logits(other, shape, ids) - theirs))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lorap.config import CompressionConfig
 from lorap.ops import marginal as ours
-from lorap_reference import algorithm1, llama, statistics
+from lorap_reference import algorithm1, llama
 from lorap_reference import marginal as reference
 from parity_tests import compare, llamas, steps, tolerances
 from parity_tests import strategies as own
@@ -250,31 +250,16 @@ def test_what_is_measured_and_planned(name: str, ratio: float) -> None:
     )
     weights, shape = llama_.weights(), llama_.shape
     settings = llamas.reference_settings(config, model)
-    padded = np.concatenate([ids, ids[::-1, :3]], axis=1)
-    mask = np.arange(padded.shape[1])[None, :].repeat(len(ids), axis=0) < ids.shape[1]
+    padded, mask = llamas.with_padding(ids)
     run = llamas.torch_run(model, config, padded, mask)
     mine, theirs = (
         steps.our_measurements(run),
         algorithm1.measure(weights, shape, ids, settings),
     )
 
-    # How far the forwards and the moments magnify roundings is measured on the reference.
-    nudge, rng = 1e-9, np.random.default_rng(0)
-    embeddings = weights["model.embed_tokens.weight"]
-    noise = 1 + nudge * rng.standard_normal(embeddings.shape)
-    nudged = {**weights, "model.embed_tokens.weight": embeddings * noise}
-    exact = statistics.second_moment
-
-    def off(X: own.Array) -> own.Array:
-        found = exact(X)
-        scale = np.sqrt(np.outer(np.diag(found), np.diag(found)))
-        errors = rng.standard_normal(found.shape)
-        return np.asarray(found + nudge * scale * (errors + errors.T))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "second_moment", off)
-        other = algorithm1.measure(nudged, shape, ids, settings)
-
+    nudge = 1e-9
+    with llamas.nudged(weights, nudge) as moved_weights:
+        other = algorithm1.measure(moved_weights, shape, ids, settings)
     logits_ = llama.logits(weights, shape, ids)
     rounded = tolerances.divergence_sum(1, llama_.vocabulary, 2 * float(np.max(np.abs(logits_))))
 

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -34,12 +34,7 @@ TABLES = [f"table{number}" for number in (1, 2, 3, 4, 5, 6, 7, 8, 13)]
 NAMES = [*TABLES, *(f"fig{number}" for number in range(2, 7)), "seeds", "generations", "mgaa"]
 
 
-@pytest.fixture(autouse=True)
-def _loud_transformers() -> Iterator[None]:
-    yield
-    logging: Any = transformers.logging
-    logging.set_verbosity_warning()
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("loud_transformers")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +45,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(autouse=True)
-def _loud_transformers() -> Iterator[None]:
-    yield
-    logging: Any = transformers.logging
-    logging.set_verbosity_warning()
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("loud_transformers")
 
 
 def run(*words: object) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-import transformers
 import yaml
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
@@ -77,12 +76,7 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-@pytest.fixture(autouse=True)
-def _loud_transformers() -> Iterator[None]:
-    yield
-    logging: Any = transformers.logging
-    logging.set_verbosity_warning()
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("loud_transformers")
 
 
 def fails(arguments: list[str], status: int, *fragments: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -133,12 +131,7 @@ def base(bench: Bench) -> Written:
     return bench.compress("--device", "cpu")
 
 
-@pytest.fixture(autouse=True)
-def _loud_transformers() -> Iterator[None]:
-    yield
-    logging: Any = transformers.logging
-    logging.set_verbosity_warning()
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("loud_transformers")
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor], part: str = "") -> bool:

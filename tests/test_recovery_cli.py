@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import transformers
 from typer.testing import CliRunner
 
 import lorap
@@ -25,12 +23,7 @@ QUICK = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _loud_transformers() -> Iterator[None]:
-    yield
-    logging: Any = transformers.logging
-    logging.set_verbosity_warning()
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("loud_transformers")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -75,11 +75,10 @@ class Probes:
         The noise is how far rounding moves their mean, or would move it if it moved the tokens
         independently.
         """
-        own = self._logits(self._own)
+        logits = self._head()
+        own = logits(self._own)
         for path, runs in self._small.items():
-            exact, rounded = (
-                _divergences(a, b) for a, b in zip(own, self._logits(runs), strict=True)
-            )
+            exact, rounded = (_divergences(a, b) for a, b in zip(own, logits(runs), strict=True))
             mean, moved = float(np.mean(exact)), rounded - exact
             noise = np.hypot(np.mean(moved), np.sqrt(np.sum(moved**2)) / moved.size)
             name = f"{path}.divergence"
@@ -136,19 +135,22 @@ class Probes:
             scale = lowrank.column_scale(norms.exact, settings.weighting)
         return (*lowrank.awsvd(W, scale, r)[:2], None)
 
-    def _logits(self, runs: Runs) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return the logits of the probes, in both runs."""
+    def _head(self) -> Callable[[Runs], tuple[NDArray[Any], NDArray[Any]]]:
+        """Return what gives the logits of the probes, in both runs."""
         reader, compute = self._context.reader, self._context.compute
         family, eps = reader.family, self._context.shape.rms_eps
         name = family.head if family.head in reader.tensors else family.embedding
         head, gain = (
             compute.weights(reader.load(n)) for n in (name, f"{family.base_prefix}norm.weight")
         )
-        exact = llama.rms_norm(runs.h.exact, gain.exact[""], eps) @ head.exact[""].T
-        h = runs.h.rounded.astype(np.float32)
-        x = compute.norm(llama.rms_norm(h, gain.rounded[""].astype(np.float32), eps))
-        rounded = compute.round(x.astype(compute.work) @ head.rounded[""].T)
-        return exact, rounded
+
+        def logits(runs: Runs) -> tuple[NDArray[Any], NDArray[Any]]:
+            exact = llama.rms_norm(runs.h.exact, gain.exact[""], eps) @ head.exact[""].T
+            h = runs.h.rounded.astype(np.float32)
+            x = compute.norm(llama.rms_norm(h, gain.rounded[""].astype(np.float32), eps))
+            return exact, compute.round(x.astype(compute.work) @ head.rounded[""].T)
+
+        return logits
 
 
 def _run(runs: Runs, tensors: Mapping[str, Tensor], where: str) -> None:
