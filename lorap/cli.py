@@ -360,10 +360,19 @@ _DenseTarget = Annotated[
         show_default="off",
     ),
 ]
+_Refine = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Then bring each layer's outputs nearer to the uncompressed model's, all of its "
+        "matrices together, by this many iterations of conjugate gradients; each takes about four "
+        "forwards of the samples.",
+    ),
+]
 _Ridge = Annotated[
     float | None,
     typer.Option(
-        help="obs, least-squares, dense-target: share of a feature's sum of squares that is added "
+        help="obs, least-squares, dense-target, refine: share of a feature's sum of squares that is added "
         "to it, from 1e-6 to 1.",
         show_default="1e-4",
     ),
@@ -570,6 +579,7 @@ def compress(
     selection: _Selection = None,
     update: _Update = None,
     dense_target: _DenseTarget = None,
+    refine: _Refine = None,
     ridge: _Ridge = None,
     samples: _Samples = None,
     seqlen: _Seqlen = None,

@@ -136,6 +136,8 @@ def _method(settings: Mapping[str, Any]) -> str:
         said.append(str(settings["update"]))
     if settings.get("dense_target") is not None:
         said.append(f"dense target {settings['dense_target']:g}")
+    if settings.get("refine"):
+        said.append(f"refined by {settings['refine']}")
     if settings.get("multiple_of", 1) != 1:
         said.append(f"multiples of {settings['multiple_of']}")
     return ", ".join(said)

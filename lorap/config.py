@@ -39,6 +39,7 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
         "selection": "obs",
         "update": "least-squares",
         "dense_target": 0.5,
+        "refine": 20,
         "allocation": "marginal",
     },
 }
@@ -164,9 +165,12 @@ class CompressionConfig:
         Fit each matrix, those that stay dense too, to outputs between its own at the compressed
         model's inputs (0) and the uncompressed model's (1), stage by stage: o and down see what is
         compressed before them. None: each matrix is approximated as it is.
+    refine : int
+        Iterations of conjugate gradients that bring each compressed layer's outputs nearer to the
+        uncompressed model's, all of its matrices together; 0 for none.
     ridge : float
-        Share of an input feature's sum of squares that ``obs``, ``least-squares`` and
-        `dense_target` add to it, from 1e-6 to 1.
+        Share of an input feature's sum of squares that ``obs``, ``least-squares``, `dense_target`
+        and `refine` add to it, from 1e-6 to 1.
     weighting : {"eq7", "eq6"}
         Whether the squared errors are weighted by the squared norms (Eq. 7) or the norms (Eq. 6).
     asvd_alpha : float
@@ -211,6 +215,7 @@ class CompressionConfig:
     selection: Selection = "scores"
     update: Update = "none"
     dense_target: float | None = None
+    refine: int = 0
     ridge: float = 1e-4
     weighting: Weighting = "eq7"
     asvd_alpha: float = 0.5
@@ -270,7 +275,13 @@ class CompressionConfig:
             raise UsageError(f"sublayers: expected mha, ffn or both, got {list(self.sublayers)}")
         for sublayer in self.sublayers:
             checks.choice("sublayers", sublayer, get_args(Sublayer))
-        for name, minimum in (("multiple_of", 1), ("samples", 1), ("seqlen", 1), ("seed", 0)):
+        for name, minimum in (
+            ("multiple_of", 1),
+            ("refine", 0),
+            ("samples", 1),
+            ("seqlen", 1),
+            ("seed", 0),
+        ):
             store(name, checks.whole_number(name, getattr(self, name), minimum))
         if self.batch_size is not None:
             store("batch_size", checks.whole_number("batch_size", self.batch_size, 1))
@@ -325,8 +336,8 @@ class CompressionConfig:
             "ridge": (
                 by_loss
                 or (bool(pruned) and self.update != "none")
-                or self.dense_target is not None,
-                "selection obs, update least-squares or dense_target",
+                or self.carries_dense,
+                "selection obs, update least-squares, dense_target or refine",
             ),
             "weighting": ("awsvd" in methods, "mha or ffn awsvd"),
             "asvd_alpha": ("asvd" in methods, "mha or ffn asvd"),
@@ -402,6 +413,11 @@ class CompressionConfig:
         if not self.is_marginal:
             return self.energy_sublayers
         return tuple(s for s in self.sublayers if s not in self.pruned_sublayers)
+
+    @property
+    def carries_dense(self) -> bool:
+        """Whether the uncompressed model's hidden states are carried along."""
+        return self.dense_target is not None or self.refine > 0
 
     @property
     def measures_gradients(self) -> bool:

@@ -61,7 +61,7 @@ def make_report(
     plan: Plan,
     measurements: Measurements,
     calibration: Calibration,
-    layers: Sequence[tuple[Mapping[str, Any], float]],
+    layers: Sequence[Mapping[str, Any]],
     resumed_layers: int,
     processes: int,
     device: torch.device,
@@ -81,8 +81,8 @@ def make_report(
     measurements : Measurements
         That the plan was made from; empty where nothing was measured.
     calibration : Calibration
-    layers : sequence of (modules, seconds)
-        One pair per decoder layer, as in ``pipeline.layers.LayerResult``.
+    layers : sequence of mapping
+        By decoder layer, as ``pipeline.layers.LayerResult.record`` returns it.
     resumed_layers : int
         Of these, how many an earlier run had finished.
     processes : int
@@ -118,14 +118,13 @@ def make_report(
         },
         "layers": [
             {
-                "seconds": spent,
+                "seconds": layer["seconds"],
                 "ratios": ratios,
                 "similarities": measurements.similarities_of(index),
-                "modules": dict(modules),
+                "losses": layer["losses"],
+                "modules": layer["modules"],
             }
-            for index, ((modules, spent), ratios) in enumerate(
-                zip(layers, plan.ratios(), strict=True)
-            )
+            for index, (layer, ratios) in enumerate(zip(layers, plan.ratios(), strict=True))
         ],
         "resumed_layers": resumed_layers,
         "processes": processes,

@@ -124,6 +124,7 @@ def reference_settings(config: CompressionConfig, model: PreTrainedModel) -> alg
         selection=config.selection,
         update=config.update,
         dense_target=config.dense_target,
+        refine=config.refine,
         ridge=config.ridge,
         asvd_alpha=config.asvd_alpha,
         between=config.measures_similarity,
@@ -197,7 +198,7 @@ def torch_run(
     advance = Steps(None, config, decoder.layers)
     store = decoder.store(samples, config)
     plan, measurements = measured_plan(decoder, samples, store, draft, config, advance)
-    batches = decoder.embed(samples, store, dense=config.dense_target is not None)
+    batches = decoder.embed(samples, store, dense=config.carries_dense)
     run = Run(measurements, plan, [], [])
     for layer in compress_layers(decoder, batches, plan, config, measurements):
         run.layers.append(layer)

@@ -21,6 +21,7 @@ from .importance import (
 )
 from .lowrank import Weighting
 from .pruning import kept_channels, prune_ffn
+from .refinement import refined_layer
 from .regression import least_squares_update, regressed_weight, removal_order
 
 Array = NDArray[np.float64]
@@ -76,6 +77,8 @@ class Settings:
     dense_target : float or None
         Share of the uncompressed model's outputs in what each matrix is regressed to, stage by
         stage; None: each matrix is approximated as it is, by one forward of the layer.
+    refine : int
+        Iterations of ``refinement.refined_layer``.
     ridge : float
         As in ``regression.ridged_correlation``.
     asvd_alpha : float
@@ -104,6 +107,7 @@ class Settings:
     selection: Literal["scores", "obs"] = "scores"
     update: Literal["none", "least-squares"] = "none"
     dense_target: float | None = None
+    refine: int = 0
     ridge: float = 1e-4
     asvd_alpha: float = 0.5
     between: bool = False
@@ -112,6 +116,11 @@ class Settings:
     mgaa_floor: float = 0.25
     marginal: bool = False
     multiple: int = 1
+
+    @property
+    def carries_dense(self) -> bool:
+        """Whether the uncompressed model's hidden states are carried along."""
+        return self.dense_target is not None or self.refine > 0
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
@@ -162,6 +171,8 @@ class CompressedLayer:
         UNcompressed layer, or of each stage where there are stages.
     output : (N, L, d)
         Output of the compressed layer, the input of the next one.
+    losses : list of float
+        Of ``refinement.Descent``; empty where nothing is refined.
     """
 
     weights: dict[str, Array]
@@ -172,6 +183,7 @@ class CompressedLayer:
     head_scores: Array | None
     trace: llama.LayerTrace
     output: Array
+    losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -560,15 +572,52 @@ def compress_layer(
 
     Notes
     -----
+    SPEC: ``algorithm.sequence``, ``algorithm.stages``, ``algorithm.refine``.
+    """
+    sizes = layer_sizes(layer, shape, settings) if sizes is None else sizes
+    dense = llama.layer_forward(layer, shape, h if h_dense is None else h_dense)
+    if settings.dense_target is None:
+        step = compress_at_once(layer, shape, h, settings, sizes, gradients)
+    else:
+        step = compress_by_stages(layer, shape, h, settings, sizes, gradients, dense)
+    if settings.refine == 0:
+        return step
+    linears = [n for sub in settings.sublayers for n in (MHA if sub == "mha" else FFN).values()]
+    names = [
+        name
+        for name in step.weights
+        if name.endswith(".weight")
+        and name.startswith((*linears, *(["self_attn.qk_right"] if settings.joint_qk else [])))
+    ]
+    descent = refined_layer(
+        step.weights, names, shape, h, dense.output, settings.refine, settings.ridge
+    )
+    weights = {**step.weights, **descent.values}
+    output = llama.layer_forward(weights, shape, h).output
+    return replace(step, weights=weights, output=output, losses=descent.losses)
+
+
+def compress_at_once(
+    layer: Mapping[str, Array],
+    shape: llama.LlamaShape,
+    h: Array,
+    settings: Settings,
+    sizes: Sizes,
+    gradients: Mapping[str, Array] | None,
+) -> CompressedLayer:
+    """A layer by the statistics of one forward.
+
+    Parameters
+    ----------
+    layer, shape, h, settings, sizes, gradients
+        As for ``compress_layer``.
+
+    Notes
+    -----
     SPEC: ``algorithm.sequence``: one forward of the uncompressed layer gives the statistics of all
     seven linears, so that o and down see what the uncompressed q, k, v, gate and up give them.
-    Unless there are stages: ``algorithm.stages``.
     """
     trace = llama.layer_forward(layer, shape, h)
-    sizes = layer_sizes(layer, shape, settings) if sizes is None else sizes
-    if settings.dense_target is not None:
-        dense = trace if h_dense is None else llama.layer_forward(layer, shape, h_dense)
-        return compress_by_stages(layer, shape, h, settings, sizes, gradients, dense)
     mha: dict[str, Array] | None = None
     ffn: dict[str, Array] | None = None
     kept = kept_heads = scores = head_scores = None
@@ -1056,7 +1105,7 @@ def compress(
         layer = llama.layer_weights(weights, index)
         own = llama.layer_weights(gradients, index)
         step = compress_layer(layer, shape, h, settings, sizes[index], own, h_dense)
-        if settings.dense_target is not None:
+        if settings.carries_dense:
             h_dense = llama.layer_forward(layer, shape, h_dense).output
         new |= {f"model.layers.{index}.{name}": value for name, value in step.weights.items()}
         steps.append(step)

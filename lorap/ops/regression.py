@@ -36,7 +36,7 @@ def ridged_correlation(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """
     moment = moment.double()
     norms = moment.diagonal().sqrt()
-    unit = _unit(norms)
+    unit = units(norms)
     correlation = moment / unit
     correlation /= unit[:, None]
     correlation.diagonal().fill_(1 + ridge)
@@ -75,7 +75,7 @@ def least_squares_update(weight: Tensor, moment: Tensor, kept: Tensor, ridge: fl
     scaled = weight.double() * norms
     lost = scaled[:, gone] @ correlation[gone][:, kept]
     root = torch.linalg.cholesky(correlation[kept][:, kept])
-    change = torch.cholesky_solve(lost.T, root).T / _unit(norms[kept])
+    change = torch.cholesky_solve(lost.T, root).T / units(norms[kept])
     return (weight[:, kept].double() + change).to(compute_dtype(weight))
 
 
@@ -176,12 +176,13 @@ def regressed_weight(
     SPEC: ``target.regression``, ``precision.decomposition``.
     """
     norms, correlation = ridged_correlation(moment, ridge)
-    unit = _unit(norms)
+    unit = units(norms)
     missed = weight.double() @ (cross.double() - moment.double()) / unit
     change = torch.cholesky_solve(missed.T, torch.linalg.cholesky(correlation)).T / unit
     change.masked_fill_(norms == 0, 0)
     return (weight.double() + share * change).to(compute_dtype(weight))
 
 
-def _unit(norms: Tensor) -> Tensor:
+def units(norms: Tensor) -> Tensor:
+    """Return what features are measured in, ``(d_in,)``: their norms, 1 where a feature is dead."""
     return torch.where(norms > 0, norms, 1.0)

@@ -291,7 +291,7 @@ class _Estimator:
         )
         self.state = config.samples * config.seqlen * self.hidden * self.computed
         # As many as Decoder.store makes room for.
-        self.states = 2 if config.dense_target is None else 4
+        self.states = 4 if config.carries_dense else 2
         if config.measures_gradients:
             self.states = max(self.states, len(self.layers) + 2)
         streams = probe_streams(config, len(self.layers))
@@ -309,7 +309,7 @@ class _Estimator:
         return choose_place(self.config.activations, size, device)
 
     def estimate(self) -> Estimate:
-        streams = 1 if self.config.dense_target is None else 2
+        streams = 2 if self.config.carries_dense else 1
         kept = self.state * (self.states - 1 if self.config.measures_gradients else streams)
         kept = max(kept, self.state + self.probed)
         on_device = self.place == "device" or (self.place == "cpu" and self.device == "cpu")

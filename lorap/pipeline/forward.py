@@ -269,7 +269,7 @@ class Decoder:
             Processes that share the machine's memory, each of which keeps as much.
         """
         states = 2
-        if config is not None and config.dense_target is not None:
+        if config is not None and config.carries_dense:
             states = 4
         if config is not None and config.measures_gradients:
             states = max(states, self.layers + 2)

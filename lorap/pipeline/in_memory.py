@@ -98,7 +98,7 @@ def compress(
     store = decoder.store(samples, config)
     advance = Steps(progress, config, decoder.layers)
     plan, measurements = measured_plan(decoder, samples, store, draft, config, advance)
-    batches = decoder.embed(samples, store, dense=config.dense_target is not None)
+    batches = decoder.embed(samples, store, dense=config.carries_dense)
     for layer in compress_layers(decoder, batches, plan, config, measurements):
         for name, tensor in layer.tensors.items():
             compressed[f"{family.layers_path}.{layer.index}.{name}"] = tensor.to(model.device)

@@ -14,6 +14,7 @@ from lorap.config import CompressionConfig
 from lorap.families.fused import join
 from lorap.pipeline.forward import Batch, Decoder
 from lorap.pipeline.processes import ALONE, Processes
+from lorap.pipeline.refinement import refine_layer
 from lorap.pipeline.stages import compress_by_stages_
 from lorap.pipeline.statistics import collect
 from lorap.pipeline.streaming import read_ahead
@@ -38,6 +39,8 @@ class LayerResult:
     statistics : dict
         What the layer was compressed by, as far as it is one number per input feature: ``(d_in,)``
         in float64, by input and statistic (``attention.norms``).
+    losses : list of float
+        What refinement has come to, as ``refine_layer`` returns it; empty without.
     seconds : float
         Wall time of the layer.
     """
@@ -46,7 +49,12 @@ class LayerResult:
     tensors: dict[str, Tensor]
     modules: dict[str, dict[str, Any]]
     statistics: dict[str, Tensor]
+    losses: list[float]
     seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """Return what the report says of the layer, as plain values."""
+        return {"modules": self.modules, "losses": self.losses, "seconds": self.seconds}
 
 
 def compress_layers(
@@ -88,7 +96,7 @@ def compress_layers(
     -----
     SPEC: ``algorithm.sequence``: one forward of the uncompressed layer gives the statistics of all
     its linears; the compressed layer then computes the next layer's input. ``algorithm.stages``:
-    one forward for each stage of the layer, in the place of the first.
+    one forward for each stage of the layer, in the place of the first. ``algorithm.refine``.
     """
     family = decoder.family
     structure = plan.structure()
@@ -113,9 +121,15 @@ def compress_layers(
             compress_by_stages_(
                 layer, layer_plan, decoder, dense, batches, index, structure, processes
             )
-            run_dense(dense, index, batches)
             del dense
+        if config.carries_dense:
+            run_dense(decoder.build(dense_config, index, original), index, batches)
         tensors = join(family, structure[index], layer.tensors)
+        losses: list[float] = []
+        if config.refine:
+            tensors, losses = refine_layer(
+                decoder, compressed_config, index, tensors, layer_plan, batches, config, processes
+            )
         run_compressed(decoder, compressed_config, index, tensors, batches)
         yield LayerResult(
             index,
@@ -126,6 +140,7 @@ def compress_layers(
                 for kind, found in layer.inputs.items()
                 for name, vector in found.vectors().items()
             },
+            losses,
             time.perf_counter() - started,
         )
 

@@ -151,7 +151,7 @@ def compress_checkpoint(
         plan, measurements = _measured(
             writer, decoder, samples, store, draft, config, processes, advance
         )
-        batches = decoder.embed(samples, store, dense=config.dense_target is not None)
+        batches = decoder.embed(samples, store, dense=config.carries_dense)
         records = _resumed(writer, decoder, plan, batches, processes, advance)
         resumed = len(records)
         with WriteBehind() as behind:
@@ -160,7 +160,7 @@ def compress_checkpoint(
             ):
                 inspection.check()
                 behind(_write_layer, writer, reader, layer)
-                records.append((layer.modules, layer.seconds))
+                records.append(layer.record())
                 advance()
         del batches
         for names in others:
@@ -215,7 +215,7 @@ def _assist(
     store = decoder.store(samples, config, sharing=processes.local_size)
     advance = Steps(None, config, decoder.layers)
     plan, measurements = _measured(None, decoder, samples, store, draft, config, processes, advance)
-    batches = decoder.embed(samples, store, dense=config.dense_target is not None)
+    batches = decoder.embed(samples, store, dense=config.carries_dense)
     first = len(_resumed(None, decoder, plan, batches, processes, advance))
     for _ in compress_layers(decoder, batches, plan, config, measurements, first, processes):
         pass
@@ -301,7 +301,7 @@ def _write_layer(writer: CheckpointWriter, reader: CheckpointReader, layer: Laye
     shard = writer.write_shard({f"{start}{name}": t for name, t in layer.tensors.items()})
     writer.journal.record(
         _layer_record(layer.index),
-        {"shard": shard, "modules": layer.modules, "seconds": layer.seconds},
+        {"shard": shard, **layer.record()},
         files=[shard],
         tensors=layer.statistics,
     )
@@ -349,7 +349,7 @@ def _resumed(
     batches: Sequence[Batch],
     processes: Processes,
     advance: Steps,
-) -> list[tuple[dict[str, Any], float]]:
+) -> list[dict[str, Any]]:
     """Take over the layers that an earlier run has finished, and run the samples through them.
 
     Parameters
@@ -361,8 +361,8 @@ def _resumed(
 
     Returns
     -------
-    list of (modules, seconds)
-        As in ``LayerResult``, one pair for each.
+    list of dict
+        As ``LayerResult.record`` returns it, one for each.
     """
     finished: list[dict[str, Any]] = []
     while writer is not None and len(finished) < decoder.layers:
@@ -389,7 +389,7 @@ def _resumed(
             dense = decoder.build(decoder.compressed_config(None), index, decoder.tensors(index))
             run_dense(dense, index, batches)
         advance()
-    return [(layer["modules"], layer["seconds"]) for layer in finished]
+    return finished
 
 
 def _statistics(
