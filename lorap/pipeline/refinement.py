@@ -58,7 +58,8 @@ def refine_layer(
         In their dtypes.
     losses : list of float
         At the start and after each iteration, and once more with the weights as they are stored.
-        If that is not below the first, the tensors are those given, and it is the first.
+        If that is not below the first, the tensors are those given, and it is the first. Empty
+        where no weight may change.
 
     Raises
     ------
@@ -70,6 +71,8 @@ def refine_layer(
     SPEC: ``refine.loss``, ``refine.weights``.
     """
     readers = weights_by_input(decoder.family, plan, tensors)
+    if not readers:
+        return dict(tensors), []
     layer = decoder.build(layer_config, index, {name: t.clone() for name, t in tensors.items()})
     names = [name for group in readers.values() for name in group]
     objective = _Objective(layer, names, batches, index, processes)
