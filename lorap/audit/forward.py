@@ -126,6 +126,11 @@ class Compute:
             return (even & np.uint32(0xFFFF0000)).view(np.float32)
         return x
 
+    @property
+    def wide(self) -> Compute:
+        """What is not done in 16 bits: in float32 at least."""
+        return Compute(torch.float64 if self.dtype == torch.float64 else torch.float32)
+
     def norm(self, x: NDArray[Any]) -> NDArray[Any]:
         """Round what transformers computes in float32 at most."""
         return self.round(np.asarray(x, dtype=np.float32))

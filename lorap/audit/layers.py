@@ -44,21 +44,18 @@ def audit_layers(
         if index in chosen or dense is not None:
             given = context.reader.load(prefix)
             found = None
-            if index not in chosen:
-                pass
-            elif dense is not None:
-                found = audit_stages(context, runs, dense, index, given, held)
-            else:
+            if dense is None:
                 yield from _audit_layer(context, runs, index, given, held)
-            if dense is not None:
+            else:
+                if index in chosen:
+                    found = audit_stages(context, runs, dense, index, given, held)
                 for _ in dense.advance(given, f"layers.{index} of the original"):
                     pass
+                if found is not None and settings.refine:
+                    yield from refined(context, runs, dense, index, found, held)
+                elif found is not None:
+                    yield from found.modules
             del given
-            if found is not None:
-                modules = found.modules
-                if settings.refine:
-                    modules = refined(context, runs, dense, index, found, held)
-                yield from modules
         for _ in runs.advance(held, f"layers.{index} of the compressed model"):
             pass
         advance()

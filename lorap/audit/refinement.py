@@ -8,7 +8,7 @@ the noise of what the checkpoint holds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from lorap.audit.comparisons import ROOM_LARGEST, ROOM_RMS, equal, worst
 from lorap.audit.context import Context
 from lorap.audit.files import linear_name, right_name
-from lorap.audit.forward import Pair, Runs, rounded_forward
+from lorap.audit.forward import Compute, Pair, Runs, rounded_forward
 from lorap.audit.gradients import plain, rounder
 from lorap.audit.results import Check, ModuleAudit
 from lorap.audit.rounding import SPREADS, product_variance, variance
@@ -31,6 +31,10 @@ from lorap_reference import gradient, joint, llama, pca, refinement, statistics
 
 Array = NDArray[np.float64]
 Values = Mapping[str, Array]
+Round = Callable[[NDArray[Any]], NDArray[Any]]
+
+DRAWN = 3
+"""Rounded descents beside the first one."""
 
 
 def refined(
@@ -61,71 +65,112 @@ def refined(
     list of ModuleAudit
         Those of `found`, each with what is compared of its weights, and one of the losses.
     """
-    plan, settings = context.plan.layers[index], context.record.settings
+    plan = context.plan.layers[index]
     names = [name for module in plan.values() for name in _weights(context, module)]
-    said = context.record.said_of_layer(index).get("losses")
+    said: Any = context.record.said_of_layer(index).get("losses")
     if not names:
         check = equal("report: losses", [], said)
         return [ModuleAudit(f"layers.{index}", "as it was", (check,)), *found.modules]
-    start = Pair(*({n: tensors[n].double().numpy() for n in names} for tensors in found.weights))
-    stored = {name: held[name].double().numpy() for name in names}
-    objectives = _objectives(context, runs, dense, found.weights)
-    moments = Pair(*(o.moments(values) for o, values in zip(objectives, start, strict=True)))
-    descents = Pair(
-        *(
-            objective.descend(values, of_inputs, settings.refine, settings.ridge)
-            for objective, values, of_inputs in zip(objectives, start, moments, strict=True)
-        )
+    start: Pair[Values] = Pair(
+        *({n: tensors[n].double().numpy() for n in names} for tensors in found.weights)
     )
-    best = Pair(*(descent.values for descent in descents))
-    checks = _listed(said, descents)
+    stored = {name: held[name].double().numpy() for name in names}
+    taken = _descents(context, runs, dense, start, found.weights)
+    checks = _listed(said, taken)
+    best = [run.descent.values for run in taken]
     if checks[0].passed:
         if said[-1] == said[0]:
-            checks.append(_not_taken(context, objectives, start, best, held))
-            best = start
-        checks += _loss_checks(said, objectives, start, descents, stored, context.compute.eps)
+            checks.append(_not_taken(context, taken, held))
+            best = [run.start for run in taken]
+        checks += _loss_checks(context, said, taken, stored)
+    moments = taken[0].moments
     audits = [ModuleAudit(f"layers.{index}", "refined", tuple(checks))]
     for audit in found.modules:
         module = plan.get(audit.name.removeprefix(f"layers.{index}."))
         more: list[Check] = []
         if module is not None and not module.untouched:
-            more = _weight_checks(context, module, best, moments.exact, held)
+            more = _weight_checks(context, module, best, moments, held)
         audits.append(replace(audit, checks=(*audit.checks, *more)))
     return audits
 
 
-def _objectives(
-    context: Context, runs: Runs, dense: Runs, weights: Pair[dict[str, Tensor]]
-) -> Pair[_Objective]:
-    layer, compute = context.compute.weights(weights.exact, weights.rounded), context.compute
-    forward = partial(rounded_forward, compute=compute)
-    given = context.shape, runs.batches
-    return Pair(
-        _Objective(
-            layer.exact, *given, runs.h.exact, dense.h.exact, llama.layer_forward, plain, plain
-        ),
-        _Objective(
-            layer.rounded,
-            *given,
-            runs.h.rounded,
-            dense.h.rounded,
-            forward,
-            compute.round,
-            rounder(compute),
-        ),
-    )
+@dataclass(frozen=True)
+class _Run:
+    """One descent.
+
+    Attributes
+    ----------
+    objective : _Objective
+    start : dict
+        The weights at the start.
+    moments : dict
+        Second moments of the inputs there, ``(d_in, d_in)``, by weight.
+    descent : Descent
+    """
+
+    objective: _Objective
+    start: Values
+    moments: Values
+    descent: refinement.Descent
+
+
+def _descents(
+    context: Context,
+    runs: Runs,
+    dense: Runs,
+    start: Pair[Values],
+    weights: Pair[dict[str, Tensor]],
+) -> list[_Run]:
+    """Descend in float64, and, some more times, rounded as the checkpoint's own descent was.
+
+    A descent magnifies what rounding adds to it, and most of all in one direction, in which any
+    single rounded run may happen to be next to nothing. The ``DRAWN`` others are as good: the noise
+    of the streams has its signs at random, the layer's input is moved by half a unit in the last
+    place at most, so that all roundings behind it are others, and the start is that of either run.
+    """
+    settings, compute = context.record.settings, context.compute
+    layer = compute.weights(weights.exact, weights.rounded)
+
+    def run(objective: _Objective, values: Values) -> _Run:
+        moments = objective.moments(values)
+        inverses = {n: refinement.preconditioner(C, settings.ridge) for n, C in moments.items()}
+        wrapped = {name: objective.wide(value) for name, value in values.items()}
+        descent = refinement.conjugate_gradients(
+            wrapped, objective.loss, objective.gradients, inverses, settings.refine
+        )
+        return _Run(objective, values, moments, descent)
+
+    def objective(
+        layer: Values, h: NDArray[Any], target: NDArray[Any], rounding: Compute | None
+    ) -> _Objective:
+        return _Objective(layer, context.shape, runs.batches, h, target, rounding)
+
+    found = [
+        run(objective(layer.exact, runs.h.exact, dense.h.exact, None), start.exact),
+        run(objective(layer.rounded, runs.h.rounded, dense.h.rounded, compute), start.rounded),
+    ]
+    for seed in range(DRAWN):
+        random = np.random.default_rng(seed)
+        h, target = (
+            pair.exact + (pair.rounded - pair.exact) * random.choice((-1.0, 1.0), pair.exact.shape)
+            for pair in (runs.h, dense.h)
+        )
+        h = h + h * compute.eps * (random.random(h.shape) - 0.5)
+        drawn = objective(layer.rounded, compute.round(h), compute.round(target), compute)
+        found.append(run(drawn, start.rounded if seed % 2 else start.exact))
+    return found
 
 
 # --- losses --------------------------------------------------------------------------------------
 
 
-def _listed(said: Any, descents: Pair[refinement.Descent]) -> list[Check]:
+def _listed(said: Any, taken: Sequence[_Run]) -> list[Check]:
     """Compare the recorded losses among themselves: as many as there have to be, none that rises.
 
     Where a descent has come to an end before, there are fewer.
     """
     name = "report: losses"
-    counts = sorted({len(descent.losses) + 1 for descent in descents})
+    counts = sorted({len(run.descent.losses) + 1 for run in taken})
     if not (
         isinstance(said, list)
         and len(said) in counts
@@ -137,62 +182,72 @@ def _listed(said: Any, descents: Pair[refinement.Descent]) -> list[Check]:
     return [Check(name, rises, 0, "a loss rises" if rises else "")]
 
 
-def _with_noise(objectives: Pair[_Objective], values: Pair[Values]) -> tuple[float, float]:
-    """Return a loss, and its noise.
+def _with_noise(taken: Sequence[_Run], values: Sequence[Values]) -> tuple[float, float]:
+    """Return a loss of the exact run, and its noise.
 
     The noise is how far rounding moves it, or would move it if it moved the tokens independently.
+
+    Parameters
+    ----------
+    taken : sequence of _Run
+    values : sequence of mapping
+        The weights, for the exact and for the rounded run.
     """
-    exact, rounded = (o.distances(v) for o, v in zip(objectives, values, strict=True))
+    exact, rounded = (
+        run.objective.distances(own) for run, own in zip(taken[:2], values[:2], strict=True)
+    )
     moved = rounded - exact
     return float(np.sum(exact)), float(np.hypot(np.sum(moved), np.sqrt(np.sum(moved**2))))
 
 
 def _loss_checks(
-    said: Sequence[float],
-    objectives: Pair[_Objective],
-    start: Pair[Values],
-    descents: Pair[refinement.Descent],
-    stored: Values,
-    eps: float,
+    context: Context, said: Sequence[float], taken: Sequence[_Run], stored: Values
 ) -> list[Check]:
-    """Compare the recorded losses with those of the two descents, and of the weights as stored."""
-    _, noise = _with_noise(objectives, start)
-    count = min(len(said) - 1, *(len(descent.losses) for descent in descents))
-    exact, rounded, recorded = (
-        np.array(losses[:count])
-        for losses in (descents.exact.losses, descents.rounded.losses, said)
-    )
+    """Compare the recorded losses with those of the descents, and of the weights as stored.
+
+    Parameters
+    ----------
+    context : Context
+    said : sequence of float
+        What the report gives.
+    taken : sequence of _Run
+    stored : mapping
+        What the checkpoint holds, by name.
+    """
+    compute = context.compute
+    # lorap sums the squares in float32, unless they are float64.
+    summed = 10 * float(np.finfo(compute.work).eps)
+    _, noise = _with_noise(taken, [run.start for run in taken])
+    count = min(len(said) - 1, *(len(run.descent.losses) for run in taken))
+    recorded = np.array(said[:count])
+    exact, *others = (np.array(run.descent.losses[:count]) for run in taken)
+    moved = np.max([np.abs(other - exact) for other in others], axis=0)
     # What is wrong at one iteration is handed on to the next.
-    moved = np.maximum.accumulate(np.maximum(np.abs(rounded - exact), noise))
-    bound = ROOM_LARGEST * (moved + eps / 8 * exact)
-    last, noise = _with_noise(objectives, Pair(stored, stored))
+    moved = np.maximum.accumulate(np.maximum(moved, noise))
+    bound = ROOM_LARGEST * (moved + compute.eps / 8 * exact) + summed * exact
+    last, noise = _with_noise(taken, (stored, stored))
+    allowed = ROOM_RMS * (noise + compute.eps / 16 * last) + summed * last
+    whole = exact[0] or 1.0
     return [
-        worst("losses of the iterations", np.abs(recorded - exact) / exact[0], bound / exact[0]),
-        Check(
-            "loss as stored",
-            abs(said[-1] - last) / last,
-            ROOM_RMS * (noise + eps / 16 * last) / last,
-        ),
+        worst("losses of the iterations", np.abs(recorded - exact) / whole, bound / whole),
+        Check("loss as stored", abs(said[-1] - last) / whole, allowed / whole),
     ]
 
 
-def _not_taken(
-    context: Context,
-    objectives: Pair[_Objective],
-    start: Pair[Values],
-    best: Pair[Values],
-    held: Mapping[str, Tensor],
-) -> Check:
+def _not_taken(context: Context, taken: Sequence[_Run], held: Mapping[str, Tensor]) -> Check:
     """Compare the loss at the start with that of what it is said not to be above."""
-    as_stored = Pair(
-        *(
-            {n: torch.from_numpy(v).to(held[n].dtype).double().numpy() for n, v in values.items()}
-            for values in best
-        )
-    )
-    (first, noise), (last, other) = (_with_noise(objectives, v) for v in (start, as_stored))
+    as_stored = [
+        {
+            name: torch.from_numpy(np.asarray(value)).to(held[name].dtype).double().numpy()
+            for name, value in run.descent.values.items()
+        }
+        for run in taken
+    ]
+    first, noise = _with_noise(taken, [run.start for run in taken])
+    last, other = _with_noise(taken, as_stored)
     bound = ROOM_RMS * (noise + other + context.compute.eps / 16 * first)
-    return Check("loss as stored, not taken", max(first - last, 0.0) / first, bound / first)
+    whole = first or 1.0
+    return Check("loss as stored, not taken", max(first - last, 0.0) / whole, bound / whole)
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -201,7 +256,7 @@ def _not_taken(
 def _weight_checks(
     context: Context,
     module: Module,
-    best: Pair[Values],
+    best: Sequence[Values],
     moments: Values,
     held: Mapping[str, Tensor],
 ) -> list[Check]:
@@ -211,8 +266,8 @@ def _weight_checks(
     ----------
     context : Context
     module : Module
-    best : Pair of dict
-        The weights that both runs come to.
+    best : sequence of mapping
+        The weights that the runs come to, the exact one first.
     moments : mapping
         Of the inputs, by weight.
     held : mapping
@@ -225,8 +280,8 @@ def _weight_checks(
     if module.rank is None:
         for role, linear in linears.items():
             name = f"{linear}.weight"
-            spread = variance(best.exact[name], held[name].dtype)
-            weights = Pair(*(values[name] for values in best))
+            spread = variance(best[0][name], held[name].dtype)
+            weights = [values[name] for values in best]
             title = f"{role}: distance of the outputs"
             checks.append(_distance(context, title, stored[name], weights, moments[name], spread))
         return checks
@@ -234,17 +289,17 @@ def _weight_checks(
 
     def factors(values: Values) -> tuple[Array, Array]:
         lefts = [values[f"{linear}.left.weight"] for linear in linears.values()]
-        return joint.stacked(lefts), values[right]
+        return np.asarray(joint.stacked(lefts)), np.asarray(values[right])
 
-    spread = product_variance(*factors(best.exact), held[right].dtype)
-    products = Pair(*(L @ R for L, R in map(factors, best)))
+    spread = product_variance(*factors(best[0]), held[right].dtype)
+    products = [L @ R for L, R in map(factors, best)]
     L, R = factors(stored)
     title = "distance of the outputs"
     return [_distance(context, title, L @ R, products, moments[right], spread)]
 
 
 def _distance(
-    context: Context, name: str, found: Array, best: Pair[Array], moment: Array, spread: Array
+    context: Context, name: str, found: Array, best: Sequence[Array], moment: Array, spread: Array
 ) -> Check:
     """Compare a matrix with what the exact run gives, by the outputs.
 
@@ -254,19 +309,22 @@ def _distance(
     name : str
         Of the check.
     found : (d_out, d_in)
-    best : Pair of (d_out, d_in)
+    best : sequence of (d_out, d_in)
+        Of the runs, the exact one first.
     moment : (d_in, d_in)
         Of the inputs.
     spread : (d_out, d_in)
         Variance of what rounding to the storage dtype adds.
     """
-    total = float(np.sqrt(pca.output_error(best.exact, np.zeros_like(found), moment))) or 1.0
-    off, noise = (
-        float(np.sqrt(pca.output_error(other, best.exact, moment)))
-        for other in (found, best.rounded)
-    )
+    exact, *others = best
+
+    def distance(other: Array) -> float:
+        return float(np.sqrt(pca.output_error(np.asarray(other, np.float64), exact, moment)))
+
+    total = distance(np.zeros_like(exact)) or 1.0
+    off, noise = distance(found), max(map(distance, others))
     rounding = float(np.sqrt(np.sum(spread * np.diag(moment))))
-    bound = ROOM_RMS * (noise + context.compute.eps / 16 * total) + SPREADS * 1.001 * rounding
+    bound = ROOM_LARGEST * (noise + context.compute.eps / 8 * total) + SPREADS * 1.001 * rounding
     return Check(name, off / total, bound / total)
 
 
@@ -295,12 +353,8 @@ class _Objective:
     batches : list of slice
     h, target : (N, L, d)
         The layer's input, and what its outputs are compared with.
-    forward : callable
-        As ``llama.layer_forward``.
-    rounded : callable
-        Rounds weights to the dtype of the run.
-    wrap : callable
-        Makes an array one whose operations are rounded.
+    rounding : Compute or None
+        What rounds the operations; None rounds none.
     """
 
     def __init__(
@@ -310,29 +364,36 @@ class _Objective:
         batches: list[slice],
         h: NDArray[Any],
         target: NDArray[Any],
-        forward: Callable[..., llama.LayerTrace],
-        rounded: Callable[[NDArray[Any]], NDArray[Any]],
-        wrap: Callable[[NDArray[Any]], NDArray[Any]],
+        rounding: Compute | None,
     ) -> None:
         self._layer, self._shape = layer, shape
         self._batches, self._h, self._target = batches, h, target
-        self._forward, self._rounded, self._wrap = forward, rounded, wrap
+        self._forward: Callable[..., llama.LayerTrace] = llama.layer_forward
+        self._weight: Round = plain
+        self._wrap: Round = plain
+        self.wide: Round = plain
+        if rounding is not None:
+            self._forward = partial(rounded_forward, compute=rounding)
+            self._weight, self._wrap = rounding.round, rounder(rounding)
+            # The weights that descend, their gradients and the loss are not in 16 bits.
+            self.wide = rounder(rounding.wide)
 
     def distances(self, values: Values) -> Array:
         """Return the squared distance of each token, ``(N * L,)``."""
         layer = self._with(values)
         parts = [np.sum(self._missed(layer, batch) ** 2, axis=-1) for batch in self._batches]
-        return np.concatenate([part.reshape(-1) for part in parts])
+        return np.concatenate([np.asarray(part, np.float64).reshape(-1) for part in parts])
 
     def loss(self, values: Values) -> float:
         """Return the sum over all tokens."""
-        return float(np.sum(self.distances(values)))
+        layer = self._with(values)
+        return sum(float(np.sum(self._missed(layer, batch) ** 2)) for batch in self._batches)
 
     def gradients(self, values: Values) -> tuple[float, dict[str, Array]]:
         """Return the loss, and its gradients."""
         layer, total = self._with(values), 0.0
         wrapped = {name: self._wrap(weight) for name, weight in layer.items()}
-        sums: dict[str, Array] = {name: np.zeros_like(value) for name, value in values.items()}
+        sums: dict[str, Array] = {name: np.zeros(value.shape) for name, value in values.items()}
         for batch in self._batches:
             missed = self._missed(layer, batch)
             h, dy = self._wrap(self._h[batch]), self._wrap(2 * missed)
@@ -340,7 +401,7 @@ class _Objective:
             for name, part in sums.items():
                 part += np.asarray(found[name])
             total += float(np.sum(missed**2))
-        return total, sums
+        return total, {name: self.wide(value) for name, value in sums.items()}
 
     def moments(self, values: Values) -> dict[str, Array]:
         """Return the second moments of the inputs, ``(d_in, d_in)``, by weight."""
@@ -353,18 +414,9 @@ class _Objective:
                 sums[name] = sums.get(name, 0.0) + statistics.second_moment(X)
         return sums
 
-    def descend(
-        self, start: Values, moments: Values, iterations: int, ridge: float
-    ) -> refinement.Descent:
-        """Descend from given weights, preconditioned by the moments of their inputs."""
-        inverses = {name: refinement.preconditioner(C, ridge) for name, C in moments.items()}
-        return refinement.conjugate_gradients(
-            start, self.loss, self.gradients, inverses, iterations
-        )
-
     def _with(self, values: Values) -> dict[str, Array]:
-        return {**self._layer, **{name: self._rounded(value) for name, value in values.items()}}
+        return {**self._layer, **{n: self._weight(np.asarray(v)) for n, v in values.items()}}
 
     def _missed(self, layer: Values, batch: slice) -> Array:
         output = self._forward(layer, self._shape, self._h[batch]).output
-        return np.asarray(output - self._target[batch], dtype=np.float64)
+        return self.wide(output - self._target[batch])

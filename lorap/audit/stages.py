@@ -123,7 +123,9 @@ def audit_stages(
         ]
         if here:
             wanted = {s for module, role in here for s in needed(module, role, settings)}
-            seen = current if settings.dense_target is not None else Pair(given, given)
+            seen: Pair[Mapping[str, Tensor]] = Pair(given, given)
+            if settings.dense_target is not None:
+                seen = Pair(current.exact, current.rounded)
             stages[kind] = _collect(context, runs, dense, index, kind, wanted, seen, given)
         for module, role in here:
             name = f"{linear_name(family, role)}.weight"
@@ -183,7 +185,7 @@ def _collect(
     index: int,
     kind: Input,
     wanted: set[Statistic],
-    current: Pair[dict[str, Tensor]],
+    current: Pair[Mapping[str, Tensor]],
     given: Mapping[str, Tensor],
 ) -> Stage:
     """Run the layer as far as it is compressed, and the uncompressed one, up to an input."""
