@@ -1,13 +1,12 @@
-"""Refined layers: the descent taken again, in both runs.
+"""Refined layers: the reference's descent taken again, from what the two runs make of the layer.
 
-The reference's descent starts from what each run makes of the layer. In the rounded run every loss
-and every gradient is rounded as the checkpoint's own were; how far the two descents are apart is
-the noise of what the checkpoint holds.
+It is taken in float64 and, several times, with every operation rounded as the checkpoint's own were
+rounded. How far these are apart is the noise of what the checkpoint holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -75,15 +74,16 @@ def refined(
         *({n: tensors[n].double().numpy() for n in names} for tensors in found.weights)
     )
     stored = {name: held[name].double().numpy() for name in names}
-    taken = _descents(context, runs, dense, start, found.weights)
+    objectives = _objectives(context, runs, dense, found.weights)
+    moments = objectives.exact.moments(start.exact)
+    taken = _descents(context, runs, dense, objectives, start)
     checks = _listed(said, taken)
     best = [run.descent.values for run in taken]
     if checks[0].passed:
         if said[-1] == said[0]:
-            checks.append(_not_taken(context, taken, held))
+            checks.append(_not_taken(context, objectives, taken, held))
             best = [run.start for run in taken]
-        checks += _loss_checks(context, said, taken, stored)
-    moments = taken[0].moments
+        checks += _loss_checks(context, said, objectives, taken, stored)
     audits = [ModuleAudit(f"layers.{index}", "refined", tuple(checks))]
     for audit in found.modules:
         module = plan.get(audit.name.removeprefix(f"layers.{index}."))
@@ -100,26 +100,32 @@ class _Run:
 
     Attributes
     ----------
-    objective : _Objective
     start : dict
         The weights at the start.
-    moments : dict
-        Second moments of the inputs there, ``(d_in, d_in)``, by weight.
     descent : Descent
     """
 
-    objective: _Objective
     start: Values
-    moments: Values
     descent: refinement.Descent
+
+
+def _objectives(
+    context: Context, runs: Runs, dense: Runs, weights: Pair[dict[str, Tensor]]
+) -> Pair[_Objective]:
+    """Return what the exact and the rounded descent make less."""
+    layer, given = context.compute.weights(*weights), (context.shape, runs.batches)
+    return Pair(
+        _Objective(layer.exact, *given, runs.h.exact, dense.h.exact, None),
+        _Objective(layer.rounded, *given, runs.h.rounded, dense.h.rounded, context.compute),
+    )
 
 
 def _descents(
     context: Context,
     runs: Runs,
     dense: Runs,
+    objectives: Pair[_Objective],
     start: Pair[Values],
-    weights: Pair[dict[str, Tensor]],
 ) -> list[_Run]:
     """Descend in float64, and, some more times, rounded as the checkpoint's own descent was.
 
@@ -129,34 +135,27 @@ def _descents(
     place at most, so that all roundings behind it are others, and the start is that of either run.
     """
     settings, compute = context.record.settings, context.compute
-    layer = compute.weights(weights.exact, weights.rounded)
 
     def run(objective: _Objective, values: Values) -> _Run:
-        moments = objective.moments(values)
-        inverses = {n: refinement.preconditioner(C, settings.ridge) for n, C in moments.items()}
+        inverses = {
+            name: refinement.preconditioner(C, settings.ridge)
+            for name, C in objective.moments(values).items()
+        }
         wrapped = {name: objective.wide(value) for name, value in values.items()}
         descent = refinement.conjugate_gradients(
             wrapped, objective.loss, objective.gradients, inverses, settings.refine
         )
-        return _Run(objective, values, moments, descent)
+        return _Run(values, descent)
 
-    def objective(
-        layer: Values, h: NDArray[Any], target: NDArray[Any], rounding: Compute | None
-    ) -> _Objective:
-        return _Objective(layer, context.shape, runs.batches, h, target, rounding)
-
-    found = [
-        run(objective(layer.exact, runs.h.exact, dense.h.exact, None), start.exact),
-        run(objective(layer.rounded, runs.h.rounded, dense.h.rounded, compute), start.rounded),
-    ]
+    found = [run(*pair) for pair in zip(objectives, start, strict=True)]
     for seed in range(DRAWN):
         random = np.random.default_rng(seed)
         h, target = (
             pair.exact + (pair.rounded - pair.exact) * random.choice((-1.0, 1.0), pair.exact.shape)
             for pair in (runs.h, dense.h)
         )
-        h = h + h * compute.eps * (random.random(h.shape) - 0.5)
-        drawn = objective(layer.rounded, compute.round(h), compute.round(target), compute)
+        h += h * compute.eps * (random.random(h.shape) - 0.5)
+        drawn = objectives.rounded.at(compute.round(h), compute.round(target))
         found.append(run(drawn, start.rounded if seed % 2 else start.exact))
     return found
 
@@ -182,26 +181,28 @@ def _listed(said: Any, taken: Sequence[_Run]) -> list[Check]:
     return [Check(name, rises, 0, "a loss rises" if rises else "")]
 
 
-def _with_noise(taken: Sequence[_Run], values: Sequence[Values]) -> tuple[float, float]:
+def _with_noise(objectives: Pair[_Objective], values: Iterable[Values]) -> tuple[float, float]:
     """Return a loss of the exact run, and its noise.
 
     The noise is how far rounding moves it, or would move it if it moved the tokens independently.
 
     Parameters
     ----------
-    taken : sequence of _Run
-    values : sequence of mapping
+    objectives : Pair of _Objective
+    values : iterable of mapping
         The weights, for the exact and for the rounded run.
     """
-    exact, rounded = (
-        run.objective.distances(own) for run, own in zip(taken[:2], values[:2], strict=True)
-    )
+    exact, rounded = (o.distances(own) for o, own in zip(objectives, values, strict=True))
     moved = rounded - exact
     return float(np.sum(exact)), float(np.hypot(np.sum(moved), np.sqrt(np.sum(moved**2))))
 
 
 def _loss_checks(
-    context: Context, said: Sequence[float], taken: Sequence[_Run], stored: Values
+    context: Context,
+    said: Sequence[float],
+    objectives: Pair[_Objective],
+    taken: Sequence[_Run],
+    stored: Values,
 ) -> list[Check]:
     """Compare the recorded losses with those of the descents, and of the weights as stored.
 
@@ -210,6 +211,7 @@ def _loss_checks(
     context : Context
     said : sequence of float
         What the report gives.
+    objectives : Pair of _Objective
     taken : sequence of _Run
     stored : mapping
         What the checkpoint holds, by name.
@@ -217,7 +219,7 @@ def _loss_checks(
     compute = context.compute
     # lorap sums the squares in float32, unless they are float64.
     summed = 10 * float(np.finfo(compute.work).eps)
-    _, noise = _with_noise(taken, [run.start for run in taken])
+    _, noise = _with_noise(objectives, [run.start for run in taken[:2]])
     count = min(len(said) - 1, *(len(run.descent.losses) for run in taken))
     recorded = np.array(said[:count])
     exact, *others = (np.array(run.descent.losses[:count]) for run in taken)
@@ -225,7 +227,7 @@ def _loss_checks(
     # What is wrong at one iteration is handed on to the next.
     moved = np.maximum.accumulate(np.maximum(moved, noise))
     bound = ROOM_LARGEST * (moved + compute.eps / 8 * exact) + summed * exact
-    last, noise = _with_noise(taken, (stored, stored))
+    last, noise = _with_noise(objectives, (stored, stored))
     allowed = ROOM_RMS * (noise + compute.eps / 16 * last) + summed * last
     whole = exact[0] or 1.0
     return [
@@ -234,17 +236,22 @@ def _loss_checks(
     ]
 
 
-def _not_taken(context: Context, taken: Sequence[_Run], held: Mapping[str, Tensor]) -> Check:
+def _not_taken(
+    context: Context,
+    objectives: Pair[_Objective],
+    taken: Sequence[_Run],
+    held: Mapping[str, Tensor],
+) -> Check:
     """Compare the loss at the start with that of what it is said not to be above."""
     as_stored = [
         {
             name: torch.from_numpy(np.asarray(value)).to(held[name].dtype).double().numpy()
             for name, value in run.descent.values.items()
         }
-        for run in taken
+        for run in taken[:2]
     ]
-    first, noise = _with_noise(taken, [run.start for run in taken])
-    last, other = _with_noise(taken, as_stored)
+    first, noise = _with_noise(objectives, [run.start for run in taken[:2]])
+    last, other = _with_noise(objectives, as_stored)
     bound = ROOM_RMS * (noise + other + context.compute.eps / 16 * first)
     whole = first or 1.0
     return Check("loss as stored, not taken", max(first - last, 0.0) / whole, bound / whole)
@@ -369,6 +376,7 @@ class _Objective:
         self._layer, self._shape = layer, shape
         self._batches, self._h, self._target = batches, h, target
         self._forward: Callable[..., llama.LayerTrace] = llama.layer_forward
+        self._rounding = rounding
         self._weight: Round = plain
         self._wrap: Round = plain
         self.wide: Round = plain
@@ -377,6 +385,10 @@ class _Objective:
             self._weight, self._wrap = rounding.round, rounder(rounding)
             # The weights that descend, their gradients and the loss are not in 16 bits.
             self.wide = rounder(rounding.wide)
+
+    def at(self, h: NDArray[Any], target: NDArray[Any]) -> _Objective:
+        """Return the same at another input and target of the layer."""
+        return _Objective(self._layer, self._shape, self._batches, h, target, self._rounding)
 
     def distances(self, values: Values) -> Array:
         """Return the squared distance of each token, ``(N * L,)``."""
