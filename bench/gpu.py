@@ -274,7 +274,12 @@ def factors(width: int, ranks: Sequence[int], tokens: int) -> Task:
 
 
 def disk_to_disk(
-    shape: str, ratio: float, *, layers: int | None = None, samples: int = 128
+    shape: str,
+    ratio: float,
+    *,
+    layers: int | None = None,
+    samples: int = 128,
+    preset: str = "lorap",
 ) -> Task:
     """Compress a checkpoint into a folder, in a process of its own.
 
@@ -288,6 +293,8 @@ def disk_to_disk(
         Fewer than the model has; the time of all is extrapolated.
     samples : int
         Of 128 tokens.
+    preset : str
+        Of ``lorap compress``.
     """
 
     def work(machine: Machine) -> Values:
@@ -301,6 +308,7 @@ def disk_to_disk(
             "output": str(machine.folder / "out"),
             "samples": samples,
             "ratio": ratio,
+            "preset": preset,
             "vocabulary": sizes.vocabulary,
         }
         start = time.perf_counter()
@@ -367,10 +375,15 @@ def compress_child(request: Mapping[str, Any]) -> Values:
     model, output = Path(request["model"]), Path(request["output"])
     ids = np.random.default_rng(0).integers(3, request["vocabulary"], (request["samples"], 128))
     np.save(model / "ids.npy", ids)
-    config = CompressionConfig(
-        ratio=request["ratio"], ratio_scope="layer", samples=request["samples"], device="cuda"
+    config = CompressionConfig.from_preset(
+        request["preset"],
+        ratio=request["ratio"],
+        ratio_scope="layer",
+        samples=request["samples"],
+        device="cuda",
     )
-    plan = lorap.plan_checkpoint(model, config)
+    measured = str(model / "ids.npy") if config.measures else None
+    plan = lorap.plan_checkpoint(model, config, calibration=measured)
     assert plan.estimate is not None
     report = lorap.compress_checkpoint(
         model, output, config, calibration=str(model / "ids.npy"), overwrite=True
@@ -430,6 +443,14 @@ STAGES: dict[str, Stage] = {
     "llama-3-70b": Stage(
         "disk to disk, 1 of 80 layers, extrapolated",
         {f"{ratio}": disk_to_disk("llama-3-70b", ratio, layers=1) for ratio in (0.2, 0.5)},
+    ),
+    "presets": Stage(
+        "disk to disk by preset, 4 of LLaMA-7B's 32 layers, extrapolated",
+        {
+            f"{preset} {ratio}": disk_to_disk("llama-7b", ratio, layers=4, preset=preset)
+            for ratio in (0.2, 0.5)
+            for preset in ("lorap", "mgaa", "best")
+        },
     ),
     "inference": Stage(
         "the compressed LLaMA-7B beside the dense one, fp16: all layers, and 8 of them compiled",

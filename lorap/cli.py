@@ -367,13 +367,14 @@ _Refine = Annotated[
         help="Then bring each layer's outputs nearer to the uncompressed model's, all of its "
         "matrices together, by this many iterations of conjugate gradients; each takes about four "
         "forwards of the samples.",
+        show_default="0",
     ),
 ]
 _Ridge = Annotated[
     float | None,
     typer.Option(
-        help="obs, least-squares, dense-target, refine: share of a feature's sum of squares that is added "
-        "to it, from 1e-6 to 1.",
+        help="obs, least-squares, dense-target, refine: share of a feature's sum of squares that "
+        "is added to it, from 1e-6 to 1.",
         show_default="1e-4",
     ),
 ]

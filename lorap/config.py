@@ -334,9 +334,7 @@ class CompressionConfig:
             "selection": ("channels" in methods, "ffn channels"),
             "update": (bool(pruned), "ffn channels or mha heads"),
             "ridge": (
-                by_loss
-                or (bool(pruned) and self.update != "none")
-                or self.carries_dense,
+                by_loss or (bool(pruned) and self.update != "none") or self.carries_dense,
                 "selection obs, update least-squares, dense_target or refine",
             ),
             "weighting": ("awsvd" in methods, "mha or ffn awsvd"),

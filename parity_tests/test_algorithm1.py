@@ -406,3 +406,67 @@ def test_stages(name: str, share: float) -> None:
         assert np.linalg.norm(llama.logits(plain, shape, ids) - theirs) > 1e-3 * np.linalg.norm(
             dense
         )
+
+
+REFINED: dict[str, dict[str, Any]] = {
+    "the paper's": {},
+    "heads": {"mha": "heads", "update": "least-squares"},
+    "joint afm": {"mha": "afm", "ffn": "afm", "joint_qk": True},
+    "ffn alone": {"sublayers": ("ffn",), "dense_target": 0.0},
+    "best": STAGED["best"] | {"dense_target": 0.5},
+}
+
+
+@pytest.mark.spec("algorithm.refine", "refine.loss", "refine.weights")
+@pytest.mark.parametrize("name", REFINED)
+@llamas.float64_throughout()
+def test_refined(name: str) -> None:
+    """Both sides on their own, from the first layer to the logits, with padding on ours."""
+    llama_ = own.SmallLlama(
+        llama.LlamaShape(2, heads=4, kv_heads=2, head_dim=4),
+        hidden=16,
+        width=24,
+        vocabulary=40,
+        tied=False,
+        attention_bias=True,
+        mlp_bias=True,
+        seed=7,
+    )
+    model, ids = llama_.model(), own.calibration_ids(llama_, 8, 12)
+    config = CompressionConfig(
+        ratio=0.4,
+        ratio_scope="layer",
+        dtype="float64",
+        batch_size=3,
+        refine=4,
+        ridge=1e-2,
+        **REFINED[name],
+    )
+    weights, shape = llama_.weights(), llama_.shape
+    settings = llamas.reference_settings(config, model)
+    new, layers = algorithm1.compress(weights, shape, ids, settings)
+    padded, mask = llamas.with_padding(ids)
+    compressed = compress(model, config, calibration=padded, attention_mask=mask)
+    found = llamas.reference_weights(compressed)
+    assert found.keys() == new.keys()
+    with torch.no_grad():
+        logits = compare.as_array(compressed(input_ids=torch.from_numpy(ids)).logits)
+
+    theirs = llama.logits(new, shape, ids)
+    nudge = 1e-9
+    with llamas.nudged(weights, nudge) as moved_weights:
+        other, others = algorithm1.compress(moved_weights, shape, ids, settings)
+    ours = llamas.torch_run(model, config, padded, mask)
+    for one, two, run in zip(layers, others, ours.layers, strict=True):
+        losses = np.array(one.losses)
+        assert len(losses) == 5
+        assert losses[-1] < losses[0]
+        moved = float(np.max(np.abs(np.array(two.losses) - losses)))
+        bound = tolerances.measured_condition(moved / nudge, shape.layers, llama_.width)
+        compare.close("refinement: losses", np.array(run.losses), [*losses, losses[-1]], bound)
+    moved = float(np.max(np.abs(llama.logits(other, shape, ids) - theirs)))
+    bound = tolerances.measured_condition(moved / nudge, shape.layers, llama_.width)
+    compare.close("refinement: logits", logits, theirs, bound)
+    for key, value in found.items():
+        if "norm" in key:
+            compare.exact("what is not refined", value, weights[key])

@@ -846,6 +846,24 @@ def solved(K: Array) -> float:
     return SECOND_ORDER * (3 * len(K) + 1) * EPS64 * float(np.trace(K))
 
 
+def inverse_correlation(K: Array) -> float:
+    """Distance of the inverses of the correlations, in the Frobenius norm.
+
+    Both sides invert a matrix that is off by the correlations' roundings and by the backward error
+    of its factor.
+
+    Parameters
+    ----------
+    K : (d_in, d_in)
+        From ``correlation_of``.
+    """
+    if not K.size:
+        return 0.0
+    inverse = np.linalg.inv(K)
+    moved = float(np.linalg.norm(ridged_correlation(K))) + solved(K)
+    return spectral_norm(inverse) ** 2 * moved + 4 * EPS64 * float(np.linalg.norm(inverse))
+
+
 def least_squares_update(
     W: Array, C: Array, kept: Indices, ridge: float, delta: float = 0.0, relative: float = 0.0
 ) -> float:

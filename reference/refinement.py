@@ -120,7 +120,7 @@ def conjugate_gradients(
             theta, direction, trial = there, new, max(step, trial / WIDEST)
             old, old_gamma, J, G = G, gamma, J_there, G_there
         else:
-            direction, trial = None, trial / WIDEST
+            direction, trial = None, step / WIDEST
         losses.append(J)
     return Descent(theta, losses)
 
@@ -227,7 +227,7 @@ def refined_layer(
 
     Notes
     -----
-    SPEC: ``refine.loss``, ``refine.preconditioner``.
+    SPEC: ``refine.loss``, ``refine.weights``, ``refine.preconditioner``.
     """
     inputs = linear_inputs(layer, shape, h)
     preconditioners = {name: preconditioner(second_moment(inputs[name]), ridge) for name in names}

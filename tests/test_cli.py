@@ -92,7 +92,7 @@ def test_defaults_in_the_help_are_those_of_the_settings() -> None:
     texts = ("ratio_scope", "mha", "ffn", "importance", "aggregation", "weighting", "device")
     for name in (*texts, "selection", "update"):
         assert shown[name] == getattr(defaults, name)
-    for name in ("samples", "seqlen", "seed", "multiple_of"):
+    for name in ("samples", "seqlen", "seed", "multiple_of", "refine"):
         assert shown[name] == str(getattr(defaults, name))
     shares = ("allocation", "least_important", "asvd_alpha", "mgaa_alpha", "mgaa_floor", "ridge")
     for name in shares:
@@ -256,7 +256,13 @@ OPTIONS: list[dict[str, Any]] = [
         "aggregation": "l1",
         "importance": "taylor",
     },
-    {"selection": "obs", "update": "least-squares", "dense_target": 0.5, "ridge": 0.01},
+    {
+        "selection": "obs",
+        "update": "least-squares",
+        "dense_target": 0.5,
+        "refine": 2,
+        "ridge": 0.01,
+    },
     {
         "mha": "pca",
         "ffn": "asvd",

@@ -63,6 +63,8 @@ def test_numbers_of_an_override_are_stored_as_plain_ones() -> None:
         ),
         ({"multiple_of": 0}, "multiple_of: expected a whole number of at least 1, got 0"),
         ({"multiple_of": 8.0}, "multiple_of: expected a whole number"),
+        ({"refine": -1}, "refine: expected a whole number of at least 0, got -1"),
+        ({"refine": True}, "refine: expected a whole number of at least 0, got True"),
         ({"dense_target": 1.01}, "dense_target: expected a share from 0 to 1, got 1.01"),
         ({"ridge": 0}, "ridge: expected a share from 1e-06 to 1, got 0.0"),
         ({"ridge": 1.5}, "ridge: expected a share from 1e-06 to 1"),

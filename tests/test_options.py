@@ -5,6 +5,7 @@ What a run writes is compared with what it writes without the option.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -46,6 +47,7 @@ COVERED = {
     "selection",
     "update",
     "dense_target",
+    "refine",
     "ridge",
     "weighting",
     "asvd_alpha",
@@ -305,6 +307,14 @@ def test_dense_target_is_what_the_matrices_are_fitted_to(bench: Bench, base: Wri
     assert all(written.layers == base.layers for written in found)
 
 
+def test_refine_brings_the_outputs_nearer(bench: Bench, base: Written) -> None:
+    found = [base, *(bench.compress("--refine", n) for n in (1, 4))]
+    for index, (one, two) in enumerate(itertools.combinations(found, 2)):
+        assert not same(one.weights, two.weights, "layers.0.mlp.up"), index
+        assert same(one.weights, two.weights, "layernorm"), index
+    assert all(written.layers == base.layers for written in found)
+
+
 def test_ridge_holds_the_weights_back(bench: Bench, base: Written) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     moved = [
@@ -339,7 +349,7 @@ def test_asvd_alpha_weights_the_features(bench: Bench) -> None:
         (["--selection", "obs", "--importance", "taylor"], "selection scores or mha heads"),
         (["--selection", "obs", "--least-important", 0.1], "selection scores or mha heads"),
         (["--update", "least-squares", "--ffn", "svd"], "ffn channels or mha heads"),
-        (["--ridge", 0.1], "selection obs, update least-squares or dense_target"),
+        (["--ridge", 0.1], "selection obs, update least-squares, dense_target or refine"),
         (["--mgaa-alpha", 0.1], "allocation mgaa"),
         (["--mgaa-alpha", 0.1, "--allocation", "mgaa-within"], "allocation mgaa"),
         (["--allocation", "mgaa-within", "--mha", "heads"], "a low-rank method"),

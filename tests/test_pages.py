@@ -251,6 +251,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "factors": {"ffn": "svd", "sublayers": ("ffn",)},
     "heads": {"mha": "heads", "importance": "taylor", "ratio": 0.4},
     "rounded": {"multiple_of": 8},
+    "refined": {"refine": 2},
 }
 
 
@@ -324,6 +325,15 @@ def test_bars_and_curves_are_those_of_the_report(folder: Path) -> None:
             assert found == pytest.approx(100 * layer["ratios"][sublayer], abs=0.01)
     times = bars_of(text, "time by layer")
     assert times["layer 0"] == pytest.approx(report["layers"][0]["seconds"], rel=0.01)
+
+
+def test_what_refinement_leaves_is_in_the_page(folder: Path) -> None:
+    report, text = said(folder / "refined"), (folder / "refined" / REPORT_PAGE).read_text()
+    bars = bars_of(text, "distance left by refinement")
+    for index, layer in enumerate(report["layers"]):
+        losses = layer["losses"]
+        assert bars[f"layer {index}"] == pytest.approx(100 * losses[-1] / losses[0], abs=0.01)
+    assert "Refinement" not in (folder / "paper" / REPORT_PAGE).read_text()
 
 
 def test_the_report_s_histograms_are_in_the_page(folder: Path) -> None:

@@ -127,7 +127,7 @@ def conjugate_gradients(
             trial = max(step, trial / WIDEST)
             old, old_product, gradient = gradient, product, gradient_there
         else:
-            direction, trial = None, trial / WIDEST
+            direction, trial = None, step / WIDEST
         losses.append(lowest)
     return Descent(here, losses)
 

@@ -63,6 +63,7 @@ def report_page(report: Mapping[str, Any], *, name: str) -> str:
         *_sizes(layers),
         *_ratios(report),
         *_losses(layers),
+        *_refinement(layers),
         *_scores(report),
         *_costs(report),
         page.heading("Every module"),
@@ -261,6 +262,31 @@ def _losses(layers: Layers) -> list[str]:
             "scores, that is kept."
         ),
         page.figures(charts),
+    ]
+
+
+def _refinement(layers: Layers) -> list[str]:
+    """What refinement has left of each layer's loss, where there was any."""
+    losses = [layer.get("losses") for layer in layers]
+    shares = [found[-1] / found[0] if found and found[0] else None for found in losses]
+    if not any(losses):
+        return []
+    return [
+        page.heading("Refinement"),
+        page.paragraph(
+            "The squared distance of each layer's outputs to the uncompressed model's, after "
+            "refinement as a share of before."
+        ),
+        page.figures(
+            [
+                stacked(
+                    "distance left by refinement",
+                    range(len(layers)),
+                    [Series("", shares, "var(--c0)")],
+                    unit="percent",
+                )
+            ]
+        ),
     ]
 
 

@@ -12,6 +12,7 @@ import torch
 from lorap.config import CompressionConfig
 from lorap.pipeline.activations import Place, choose_place
 from lorap.pipeline.forward import PROBES, TOKENS_PER_BATCH, probe_streams
+from lorap.pipeline.stages import STAGES
 from lorap.pipeline.statistics import INPUT_OF, Input, Statistic, Wanted
 from lorap.pipeline.sublayers import low_rank_method, statistics_of, wanted_statistics
 from lorap.plan import LayerPlan, ModulePlan, Plan
@@ -111,7 +112,8 @@ def estimate(
 
     The others are the moments at which the samples are embedded, and at which the tensors outside
     the layers are copied; with importance ``taylor`` also the head's and a layer's gradients, with
-    the marginal allocation the predictions of two models. None of it grows with the number of
+    the marginal allocation the predictions of two models, with refinement what a layer's descent
+    holds (:func:`descent_workspace`). None of it grows with the number of
     layers, but for the activations with ``taylor``, and those of the probes with the marginal
     allocation.
 
@@ -248,6 +250,33 @@ def fit_workspace(shape: tuple[int, int]) -> int:
     return 8 * (4 * d_in**2 + 3 * d_out * d_in)
 
 
+def descent_workspace(
+    weights: Iterable[tuple[int, int]], inputs: Iterable[int], itemsize: int
+) -> int:
+    """Return the bytes that refining a layer takes beside its weights and the backward's tensors.
+
+    Of the weights the start, where the descent is and where it looks, the gradients there and
+    before, the preconditioned ones, and the directions of two iterations, all in float32 or wider;
+    while gradients are summed, their sums in float64 in the place of the preconditioned ones, and
+    those of a batch. The inverse moments of the inputs in float64, and while they are taken a sum
+    and what a batch adds.
+
+    Parameters
+    ----------
+    weights : iterable of (int, int)
+        Shapes of all weights that change.
+    inputs : iterable of int
+        Features of what they are applied to, once for those that share it.
+    itemsize : int
+        Bytes of the dtype computed in.
+    """
+    elements = sum(math.prod(shape) for shape in weights)
+    features = list(inputs)
+    wide = max(itemsize, 4)
+    moments = 8 * (sum(d**2 for d in features) + 2 * max(features, default=0) ** 2)
+    return (7 * wide + 8 + itemsize) * elements + moments
+
+
 class _Estimator:
     """The sizes of a model and of its compressed form, in bytes."""
 
@@ -381,6 +410,34 @@ class _Estimator:
                 "workspace": self._forward(layer),
             }
         )
+        if self.config.refine:
+            yield self._moment_of_descent(index, previous + made)
+
+    def _moment_of_descent(self, index: int, written: int) -> dict[str, int]:
+        """Return what is held while a layer is refined."""
+        layer = self.layers[index]
+        shapes: list[tuple[int, int]] = []
+        features: dict[str, int] = {}
+        for module in self.plan.layers[index].values():
+            for role in () if module.untouched else module.roles:
+                d_out, d_in = self._shape(layer, role)
+                if module.kind == "channels":
+                    assert module.width is not None
+                    d_out, d_in = (d_out, module.width) if role == "down" else (module.width, d_in)
+                features[INPUT_OF[role]] = d_in
+                if module.rank is None:
+                    shapes.append((d_out, d_in))
+                    continue
+                shapes += [(d_out, module.rank), (module.rank, d_in)]
+                features[f"left of {role}"] = module.rank
+        size = self.sizes[index]
+        return {
+            "weights": 2 * size + self._cast(size) + self.after[index],
+            "written": written,
+            # With what the backward keeps of the forward.
+            "workspace": descent_workspace(shapes, features.values(), self.computed)
+            + 3 * self._forward(layer),
+        }
 
     def _moments_of_gradients(self) -> Iterable[dict[str, int]]:
         tokens = self.batch_samples * self.config.seqlen
@@ -476,7 +533,15 @@ class _Estimator:
         for plan in self.plan.layers:
             wanted = wanted_statistics(self.family, plan, self._statistics_of)
             forwards += 2 if wanted else 1
-        states = len(self.layers) + 1
+            if self.config.dense_target is not None:
+                # At each input of its linears, in both models; then the uncompressed one.
+                forwards += 2 * len(STAGES)
+            elif self.config.carries_dense:
+                forwards += 1
+            if self.config.refine:
+                # The moments, and then input and target of each loss and gradient.
+                forwards += 1 + 2 * (2 * self.config.refine + 2)
+        states = len(self.layers) * (2 if self.config.carries_dense else 1) + 1
         if self.config.measures:
             read["model"] += layers + embedding
             forwards += len(self.layers)

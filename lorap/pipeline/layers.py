@@ -94,9 +94,9 @@ def compress_layers(
 
     Notes
     -----
-    SPEC: ``algorithm.sequence``: one forward of the uncompressed layer gives the statistics of all
-    its linears; the compressed layer then computes the next layer's input. ``algorithm.stages``:
-    one forward for each stage of the layer, in the place of the first. ``algorithm.refine``.
+    SPEC: ``algorithm.sequence``, ``algorithm.stages``, ``algorithm.refine``. One forward of the
+    uncompressed layer gives the statistics of all its linears, or one for each stage of the layer;
+    the compressed layer, refined, then computes the next layer's input.
     """
     family = decoder.family
     structure = plan.structure()

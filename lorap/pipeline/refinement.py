@@ -58,13 +58,13 @@ def refine_layer(
         In their dtypes.
     losses : list of float
         At the start and after each iteration, and once more with the weights as they are stored.
-        If that is not below the first, the tensors are those given, and it is the first. Empty
-        where no weight may change.
+        If that is not below the first, the tensors are those given, and it is the first. None
+        where the plan leaves nothing to refine.
 
     Raises
     ------
     LorapError
-        If a loss or a gradient is not finite.
+        If the loss at the start is not finite.
 
     Notes
     -----
@@ -77,6 +77,11 @@ def refine_layer(
     names = [name for group in readers.values() for name in group]
     objective = _Objective(layer, names, batches, index, processes)
     start = {name: tensors[name].to(compute_dtype(tensors[name])) for name in names}
+    if not math.isfinite(objective.loss(start)):
+        raise LorapError(
+            f"layers.{index}: the distance of the compressed layer's outputs to the uncompressed "
+            f"one's is not finite; computed in {decoder.dtype}: a wider --dtype may help"
+        )
     inverses = _preconditioners(layer, index, readers, batches, config.ridge, processes)
 
     def preconditioned(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,11 +97,6 @@ def refine_layer(
     descent = conjugate_gradients(
         start, objective.loss, objective.gradients, preconditioned, config.refine
     )
-    if not math.isfinite(descent.losses[0]):
-        raise LorapError(
-            f"layers.{index}: the distance of the compressed layer's outputs to the uncompressed "
-            f"one's is not finite; computed in {decoder.dtype}: a wider --dtype may help"
-        )
     stored = {name: value.to(tensors[name].dtype) for name, value in descent.values.items()}
     stored = processes.share(stored)
     last = objective.loss(stored)
@@ -231,17 +231,14 @@ class _Objective:
             parameter.requires_grad_(True)
         for batch in self._batches:
             loss = self._of_batch(batch)
-            for found, part in zip(
-                sums, torch.autograd.grad(loss, self._parameters), strict=True
-            ):
+            for found, part in zip(sums, torch.autograd.grad(loss, self._parameters), strict=True):
                 found += part
             total += float(loss.detach())
         for parameter in self._parameters:
             parameter.requires_grad_(False)
         self._processes.sum_(*sums)
         gradients = {
-            name: found.to(values[name].dtype)
-            for name, found in zip(self.names, sums, strict=True)
+            name: found.to(values[name].dtype) for name, found in zip(self.names, sums, strict=True)
         }
         return self._processes.total(total)[0], gradients
 

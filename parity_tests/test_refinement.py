@@ -1,0 +1,199 @@
+"""The descent of refinement: its preconditioner, its steps, and where it leads."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import event, example, given
+from hypothesis import strategies as st
+
+from lorap.ops import refinement as ours
+from lorap_reference import refinement as reference
+from parity_tests import compare, tolerances
+from parity_tests import strategies as own
+from parity_tests.test_regression import Removal, removals
+from parity_tests.tolerances import EPS64
+
+Values = Mapping[str, own.Array]
+
+
+@pytest.mark.spec("refine.preconditioner", "precision.decomposition")
+@given(problem=removals())
+def test_preconditioner(problem: Removal) -> None:
+    C = own.pair(problem.C)
+    mine = compare.as_array(ours.preconditioner(C.tensor, problem.ridge))
+    theirs = reference.preconditioner(C.array, problem.ridge)
+    assert C.unchanged()
+    d, K = tolerances.correlation_of(C.array, problem.ridge)
+    unit = np.outer(*[np.where(d > 0, d, 1.0)] * 2)
+    compare.within(
+        "preconditioner",
+        np.linalg.norm((mine - theirs) * unit),
+        tolerances.inverse_correlation(K),
+    )
+    for P in (mine, theirs):
+        dead = np.flatnonzero(d == 0)
+        assert np.allclose(P[dead][:, dead], np.eye(len(dead)) / (1 + problem.ridge), rtol=1e-15)
+        assert not P[dead][:, d > 0].any()
+
+
+@pytest.mark.spec("refine.step")
+@given(
+    loss=st.floats(0, 1e6),
+    slope=st.floats(-1e6, -1e-6),
+    trial=st.floats(1e-6, 10),
+    found=st.one_of(st.floats(0, 1e7), st.sampled_from((math.inf, math.nan))),
+)
+@example(loss=4.0, slope=-4.0, trial=1.0, found=1.0)  # (2 - t)^2: the minimum is at 2
+@example(loss=1.0, slope=-2.0, trial=1.0, found=-1.0)  # a line: no minimum
+@example(loss=1.0, slope=-1.0, trial=0.5, found=math.nan)
+@example(loss=8.0, slope=-4.0, trial=0.5, found=6.5)  # the minimum is at 1, two trials off
+@example(loss=64.0, slope=-16.0, trial=0.5, found=56.25)  # at 8: too far
+def test_step_length(loss: float, slope: float, trial: float, found: float) -> None:
+    mine = ours.step_length(loss, slope, trial, found)
+    assert mine == reference.step_length(loss, slope, trial, found)
+    assert 0 < mine <= 4 * trial
+    if not math.isfinite(found):
+        assert mine == trial / 4
+    elif found > loss:
+        # Beyond the trial the parabola only rises.
+        assert mine < trial
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Outputs ``A tanh(B X)`` to bring near to ``Y``: two weights and tokens in rows."""
+
+    A: own.Array
+    B: own.Array
+    X: own.Array
+    Y: own.Array
+    ridge: float
+
+    @property
+    def values(self) -> dict[str, own.Array]:
+        """The weights by name."""
+        return {"A": self.A, "B": self.B}
+
+    @property
+    def preconditioners(self) -> dict[str, own.Array]:
+        """Of both, by what they are applied to."""
+        inputs = {"A": np.tanh(self.X @ self.B.T), "B": self.X}
+        return {n: reference.preconditioner(Z.T @ Z, self.ridge) for n, Z in inputs.items()}
+
+    def gradients(self, values: Values) -> tuple[float, dict[str, own.Array]]:
+        """The loss and its gradients."""
+        Z = np.tanh(self.X @ values["B"].T)
+        missed = Z @ values["A"].T - self.Y
+        dZ = 2 * missed @ values["A"] * (1 - Z**2)
+        return float(np.sum(missed**2)), {"A": 2 * missed.T @ Z, "B": dZ.T @ self.X}
+
+    def loss(self, values: Values) -> float:
+        """The loss alone."""
+        return self.gradients(values)[0]
+
+
+@st.composite
+def descents(draw: st.DrawFn) -> Descent:
+    """Draw a problem whose features differ in size; one in four has nothing to gain."""
+    rng = np.random.default_rng(draw(own.seeds))
+    tokens, d_in, between, d_out = (draw(st.integers(1, 8)) for _ in range(4))
+    sizes = 10 ** rng.uniform(-2, 2, d_in)
+    X = rng.standard_normal((tokens + 2, d_in)) * sizes
+    A, B = rng.standard_normal((d_out, between)), rng.standard_normal((between, d_in)) / sizes
+    Y = rng.standard_normal((tokens + 2, d_out))
+    if draw(st.integers(0, 3)) == 0:
+        Y = np.tanh(X @ B.T) @ A.T
+    return Descent(A, B, X, Y, draw(st.sampled_from((1e-4, 1e-2, 1.0))))
+
+
+def both(problem: Descent, iterations: int) -> tuple[ours.Descent, reference.Descent]:
+    """Return what the two sides make of a problem."""
+    P = problem.preconditioners
+    theirs = reference.conjugate_gradients(
+        problem.values, problem.loss, problem.gradients, P, iterations
+    )
+
+    def arrays(values: Mapping[str, torch.Tensor]) -> dict[str, own.Array]:
+        return {name: value.numpy() for name, value in values.items()}
+
+    def tensors(values: Values) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(value) for name, value in values.items()}
+
+    def gradients(values: Mapping[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+        loss, found = problem.gradients(arrays(values))
+        return loss, tensors(found)
+
+    mine = ours.conjugate_gradients(
+        tensors({name: value.copy() for name, value in problem.values.items()}),
+        lambda values: problem.loss(arrays(values)),
+        gradients,
+        lambda found: {n: g @ torch.from_numpy(P[n]) for n, g in found.items()},
+        iterations,
+    )
+    return mine, theirs
+
+
+@pytest.mark.spec("refine.direction", "refine.step")
+@given(problem=descents(), iterations=st.integers(0, 6))
+def test_conjugate_gradients(problem: Descent, iterations: int) -> None:
+    mine, theirs = both(problem, iterations)
+    for side in (mine, theirs):
+        assert all(b <= a for a, b in zip(side.losses, side.losses[1:], strict=False))
+        values = {name: compare.as_array(value) for name, value in side.values.items()}
+        assert problem.loss(values) == side.losses[-1]
+    # How much the descent magnifies roundings is measured on the reference: of what it is given,
+    # and of what the loss and its gradients are computed to.
+    nudge, rng = 1e-11, np.random.default_rng(0)
+
+    def off(M: own.Array) -> own.Array:
+        return M * (1 + nudge * rng.standard_normal(M.shape))
+
+    def gradients(values: Values) -> tuple[float, dict[str, own.Array]]:
+        loss, found = problem.gradients({name: off(value) for name, value in values.items()})
+        return float(off(np.array(loss))), {name: off(value) for name, value in found.items()}
+
+    P = {name: off(value) for name, value in problem.preconditioners.items()}
+    other = reference.conjugate_gradients(
+        problem.values, lambda values: gradients(values)[0], gradients, P, iterations
+    )
+    if len({len(side.losses) for side in (mine, theirs, other)}) > 1:
+        event("ends at rounding")
+        assert min(mine.losses[-1], theirs.losses[-1]) <= 1e-20 * theirs.losses[0]
+        return
+    terms = max(*problem.X.shape, *problem.Y.shape, problem.A.size)
+    a, b, c = (np.array(side.losses) for side in (theirs, mine, other))
+    spread = np.maximum.accumulate(np.abs(c - a))
+    if np.max(spread) > 1e-4 * a[0]:
+        event("not determined")
+        return
+    bound = [tolerances.measured_condition(s / nudge, 1, terms) for s in spread]
+    compare.close("losses of a descent", b, a, np.array(bound) + EPS64 * terms * a[0])
+
+
+@pytest.mark.spec("refine.direction", "refine.step")
+@given(problem=own.output_problems(), seed=own.seeds)
+def test_a_single_matrix_is_solved_at_once(problem: own.OutputProblem, seed: int) -> None:
+    """Least squares with hardly a ridge: the preconditioned gradient points at the minimum."""
+    X = problem.X
+    if min(X.shape) == 0 or np.linalg.matrix_rank(X) < X.shape[1]:
+        return
+    rng = np.random.default_rng(seed)
+    Y = X @ problem.W.T + rng.standard_normal((len(X), len(problem.W)))
+    scaled = X / np.linalg.norm(X, axis=0)
+    if np.linalg.cond(scaled) > 100:
+        return
+
+    def gradients(values: Values) -> tuple[float, dict[str, own.Array]]:
+        missed = X @ values["W"].T - Y
+        return float(np.sum(missed**2)), {"W": 2 * missed.T @ X}
+
+    P = {"W": reference.preconditioner(X.T @ X, 1e-6)}
+    start = {"W": problem.W}
+    found = reference.conjugate_gradients(start, lambda v: gradients(v)[0], gradients, P, 2)
+    best = np.linalg.lstsq(X, Y, rcond=None)[0].T
+    least = gradients({"W": best})[0]
+    assert found.losses[-1] <= least + 1e-4 * (found.losses[0] - least) + 1e-12 * found.losses[0]
