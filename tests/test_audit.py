@@ -690,6 +690,36 @@ METHODS: dict[str, dict[str, Any]] = {
         ),
     },
     "staged ffn": {"dense_target": 0.5, "sublayers": ("ffn",), "importance": "magnitude"},
+    "refined": {"refine": 5},
+    "refined, best": {
+        "mha": "pca",
+        "selection": "obs",
+        "update": "least-squares",
+        "dense_target": 0.5,
+        "refine": 20,
+        "ratio": 0.4,
+    },
+    "refined, joint afm": {"refine": 2, "mha": "afm", "ffn": "asvd", "joint_qk": True},
+    "refined heads": {
+        "refine": 3,
+        "mha": "heads",
+        "update": "least-squares",
+        "ratio": 0.5,
+    },
+    "refined by taylor": {"refine": 2, "dense_target": 0.3, "importance": "taylor"},
+    "refined with gaps": {
+        "refine": 3,
+        "mha": "svd",
+        "ratio": 0.2,
+        "ratio_scope": "layer",
+        "overrides": (
+            Override("layers.0", skip=True),
+            Override("layers.1.self_attn.o_proj", skip=True),
+            Override("layers.1.self_attn.q_proj", rank=7),
+            Override("layers.2.mlp", width=30),
+        ),
+    },
+    "refined ffn": {"refine": 3, "sublayers": ("ffn",), "ffn": "pca"},
     "taylor": {"importance": "taylor"},
     "heads by taylor": {"mha": "heads", "importance": "taylor", "ratio": 0.5},
     "mgaa": {"allocation": "mgaa"},
@@ -785,6 +815,7 @@ OTHER_IDS = {
     "one by one, refitted": ("layers.0.mlp", "norms of the inputs (down), rms"),
     "best": ("layers.0.mlp", "norms of the inputs (down), rms"),
     "staged heads": ("layers.1.self_attn", "norms of the inputs (o), rms"),
+    "refined": ("layers.1", "losses of the iterations"),
     "taylor": ("layers.1.ffn.scores", "scores by gradients, rms"),
     "mgaa": ("layers.0.mha.similarity", "similarity"),
     "mgaa-within, all low rank": ("layers.2.mlp.gate_proj.spectrum", "eigenvalues, norm"),
@@ -930,6 +961,116 @@ def test_weights_that_are_not_fitted_to_their_targets_are_caught(
     change_report(plain, lambda r: r.update(settings=report))
     names = {name for name in breaches(audit(original, plain)) if name.startswith("layers.2")}
     assert {"layers.2.self_attn.v_proj", "layers.2.mlp"} <= names
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "name"),
+    [
+        ("refined", "self_attn.q_proj", "left"),
+        ("refined", "mlp", "up_proj"),
+        ("refined, best", "self_attn.k_proj", "right"),
+        ("refined, best", "self_attn.o_proj", "left"),
+        ("refined, best", "mlp", "gate_proj"),
+        ("refined, best", "mlp", "down_proj"),
+        ("refined, joint afm", "self_attn.qk_proj", "self_attn.qk_right"),
+        ("refined with gaps", "self_attn.o_proj", ""),
+    ],
+)
+def test_a_changed_entry_of_a_refined_layer_is_caught(
+    method: str, module: str, name: str, tmp_path: Path
+) -> None:
+    """1% of a large one; one last place of what is skipped."""
+    original, output = pair_by(method, tmp_path, torch.float32)
+    full = name if "." in name else f"{module}.{name}" if name else module
+
+    def edit(tensor: Tensor) -> Tensor:
+        at = divmod(int(tensor.abs().argmax()), tensor.shape[1])
+        return (one_percent if name else next_up)(at)(tensor)
+
+    change(output, f"{LAYER}{full}.weight", edit)
+    found = breaches(audit(original, output, layers=[1]))
+    if name:
+        assert "loss as stored" in {check.name for check in found["layers.1"]}
+    else:
+        assert f"layers.1.{module}" in found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_that_were_not_refined_are_caught(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Those of a run without, made to look like one with: by the losses, and by the weights."""
+    original, output = pair_by("refined", tmp_path, dtype)
+    plain = compress(original, tmp_path / "plain", token_ids(8, 24))
+    report = json.loads((output / REPORT).read_text())
+
+    def edit(found: dict[str, Any]) -> None:
+        found["settings"] = report["settings"]
+        for layer, like in zip(found["layers"], report["layers"], strict=True):
+            layer["losses"] = like["losses"]
+
+    change_report(plain, edit)
+    found = {c.name for c in breaches(audit(original, plain, layers=[0]))["layers.0"]}
+    assert "loss as stored" in found
+
+    def not_taken(found: dict[str, Any]) -> None:
+        losses = found["layers"][0]["losses"]
+        losses[-1] = losses[0]
+
+    change_report(plain, not_taken)
+    found = {c.name for c in breaches(audit(original, plain, layers=[0]))["layers.0"]}
+    assert found == {"loss as stored, not taken"}
+
+
+def test_what_is_said_of_losses_is_compared(tmp_path: Path) -> None:
+    original, output = pair_by("refined", tmp_path, torch.float32)
+
+    def caught(edit: Callable[[list[float]], object]) -> set[str]:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(output, copy)
+        change_report(copy, lambda report: edit(report["layers"][1]["losses"]) and None)
+        found = breaches(audit(original, copy, layers=[1]))
+        return {check.name for check in found.get("layers.1", [])}
+
+    listed, iterations, stored = "report: losses", "losses of the iterations", "loss as stored"
+    assert caught(lambda losses: losses.__setitem__(0, 1.01 * losses[0])) == {iterations}
+    assert caught(lambda losses: losses.__setitem__(3, 0.99 * losses[3])) == {iterations}
+    assert caught(lambda losses: losses.__setitem__(-1, 1.01 * losses[-1])) == {stored}
+    assert caught(lambda losses: losses.__setitem__(1, 2 * losses[0])) >= {listed}
+    assert caught(lambda losses: losses.__setitem__(0, "x")) == {listed}
+    assert caught(lambda losses: losses.pop(2)) == {listed}
+    assert caught(lambda losses: losses.clear()) == {listed}
+
+
+def test_other_iterations_than_recorded_are_caught(tmp_path: Path) -> None:
+    """As many losses as there have to be, of a descent that went on for longer."""
+    original, _ = pair_by("refined", tmp_path, torch.bfloat16)
+    ids = token_ids(8, 24, seed=0)
+    longer = compress(original, tmp_path / "longer", ids, refine=12)
+
+    def edit(report: dict[str, Any]) -> None:
+        report["settings"]["refine"] = 5
+        for layer in report["layers"]:
+            layer["losses"] = [*layer["losses"][:6], layer["losses"][-1]]
+
+    change_report(longer, edit)
+    assert "layers.0.mlp" in breaches(audit(original, longer, layers=[0]))
+
+
+@pytest.mark.parametrize("c", [4.0, -1 / 3])
+def test_rescaled_factors_of_a_refined_layer_pass(c: float, tmp_path: Path) -> None:
+    original, output = pair_by("refined", tmp_path, torch.float32)
+    for name in ("q", "o"):
+        change(output, f"{LAYER}self_attn.{name}_proj.left.weight", lambda L: L * c)
+        change(output, f"{LAYER}self_attn.{name}_proj.right.weight", lambda R: R / c)
+    assert_passes(audit(original, output))
+
+
+@pytest.mark.parametrize("in_report", [False, True])
+def test_a_swapped_channel_of_a_refined_layer_is_caught(in_report: bool, tmp_path: Path) -> None:
+    original, output = pair_by("refined", tmp_path, torch.bfloat16)
+    swap_channel(output, original, in_report=in_report)
+    names = {c.name for c in breaches(audit(original, output, layers=[1]))["layers.1.mlp"]}
+    assert ("channels by recomputed scores, top" in names) == in_report
 
 
 def test_what_is_said_of_removals_is_compared(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorap.audit.comparisons import EPS64, ROOM_RMS, number, same_bits, worst
 from lorap.audit.context import Context
 from lorap.audit.files import linear_name, right_name
-from lorap.audit.inputs import Inputs, Method, Sums, low_rank_method
+from lorap.audit.inputs import Inputs, Method, Statistic, Sums, low_rank_method
 from lorap.audit.results import Check
 from lorap.audit.rounding import (
     SPREADS,
@@ -66,6 +66,49 @@ class Factored:
     def slack(self) -> float:
         """What products and orthonormal bases in float64 may be off by, entry by entry."""
         return float(10 * EPS64 * max(self.W.shape) * np.linalg.norm(self.W, 2))
+
+
+def factored(
+    settings: CompressionConfig,
+    module: Module,
+    W: Array,
+    known: Mapping[Statistic, Array],
+    tokens: int,
+) -> tuple[Array, Array, Array | None]:
+    """Factor a matrix as a module of its method and rank.
+
+    Parameters
+    ----------
+    settings : CompressionConfig
+    module : Module
+        With a rank.
+    W : (d_out, d_in)
+    known : mapping
+        What the method is told of the input.
+    tokens : int
+        That it was summed over.
+
+    Returns
+    -------
+    L : (d_out, r)
+    R : (r, d_in)
+    bias : (d_out,) or None
+        What the method adds to the linear's own.
+    """
+    method, r = low_rank_method(settings, module.sublayer), module.rank
+    assert r is not None
+    if method == "svd":
+        return (*lowrank.svd_low_rank(W, r)[:2], None)
+    if method == "pca":
+        return (*pca.pca(W, known["moment"], r)[:2], None)
+    if method == "afm":
+        L, R, _, bias = pca.afm(W, known["moment"], known["sum"], tokens, r)
+        return L, R, bias
+    if method == "asvd":
+        scale = lowrank.magnitude_scale(known["magnitudes"], tokens, settings.asvd_alpha)
+    else:
+        scale = lowrank.column_scale(np.sqrt(known["squares"]), settings.weighting)
+    return (*lowrank.awsvd(W, scale, r)[:2], None)
 
 
 def factor_checks(

@@ -36,6 +36,11 @@ class Pair(Generic[T]):
     exact: T
     rounded: T
 
+    def __iter__(self) -> Iterator[T]:
+        """Yield both."""
+        yield self.exact
+        yield self.rounded
+
 
 def llama_shape(config: PretrainedConfig, family: Family) -> llama.LlamaShape:
     """Return what the reference has to know of a model beside its weights.
@@ -121,14 +126,31 @@ class Compute:
             return (even & np.uint32(0xFFFF0000)).view(np.float32)
         return x
 
+    @property
+    def wide(self) -> Compute:
+        """What is not done in 16 bits: in float32 at least."""
+        return Compute(torch.float64 if self.dtype == torch.float64 else torch.float32)
+
     def norm(self, x: NDArray[Any]) -> NDArray[Any]:
         """Round what transformers computes in float32 at most."""
         return self.round(np.asarray(x, dtype=np.float32))
 
-    def weights(self, tensors: Mapping[str, Tensor]) -> Pair[dict[str, NDArray[Any]]]:
-        """Return a layer's weights in float64, and rounded to the dtype."""
-        exact = {name: tensor.double().numpy() for name, tensor in tensors.items()}
-        return Pair(exact, {name: self.round(value) for name, value in exact.items()})
+    def weights(
+        self, tensors: Mapping[str, Tensor], rounded: Mapping[str, Tensor] | None = None
+    ) -> Pair[dict[str, NDArray[Any]]]:
+        """Return a layer's weights in float64, and rounded to the dtype.
+
+        Parameters
+        ----------
+        tensors : mapping
+        rounded : mapping, optional
+            Those of the rounded run; the same by default.
+        """
+        exact, other = (
+            {name: tensor.double().numpy() for name, tensor in found.items()}
+            for found in (tensors, tensors if rounded is None else rounded)
+        )
+        return Pair(exact, {name: self.round(value) for name, value in other.items()})
 
 
 def rounded_forward(
@@ -239,15 +261,19 @@ class Runs:
         n, length, _ = self.h.exact.shape
         return int(n * length)
 
-    def forward(self, tensors: Mapping[str, Tensor]) -> Iterator[Step]:
+    def forward(
+        self, tensors: Mapping[str, Tensor], rounded: Mapping[str, Tensor] | None = None
+    ) -> Iterator[Step]:
         """Run a layer over all samples, which stay where they are.
 
         Parameters
         ----------
         tensors : mapping
             Of the layer, names relative to it; dense or compressed.
+        rounded : mapping, optional
+            Those of the rounded run; the same by default.
         """
-        weights = self.compute.weights(tensors)
+        weights = self.compute.weights(tensors, rounded)
         for batch in self.batches:
             before = Pair(self.h.exact[batch], self.h.rounded[batch])
             exact = llama.layer_forward(weights.exact, self.shape, before.exact)

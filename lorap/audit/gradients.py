@@ -61,8 +61,8 @@ def audit_gradients(
         before = inputs[index]
         for batch in runs.batches:
             for wrap, layer, h, d, total in (
-                (_plain, weights.exact, before.exact, dy.exact, totals.exact),
-                (_rounder(compute), weights.rounded, before.rounded, dy.rounded, totals.rounded),
+                (plain, weights.exact, before.exact, dy.exact, totals.exact),
+                (rounder(compute), weights.rounded, before.rounded, dy.rounded, totals.rounded),
             ):
                 layer = {name: wrap(weight) for name, weight in layer.items()}
                 d[batch], found = gradient.layer_backward(
@@ -91,8 +91,8 @@ def _head_backward(context: Context, runs: Runs, ids: NDArray[np.int64]) -> Stre
     dy = Pair(np.zeros_like(runs.h.exact), np.zeros_like(runs.h.rounded))
     for n, tokens in enumerate(ids):
         for wrap, W, g, h, d in (
-            (_plain, head.exact[""], gain.exact[""], runs.h.exact, dy.exact),
-            (_rounder(compute), head.rounded[""], gain.rounded[""], runs.h.rounded, dy.rounded),
+            (plain, head.exact[""], gain.exact[""], runs.h.exact, dy.exact),
+            (rounder(compute), head.rounded[""], gain.rounded[""], runs.h.rounded, dy.rounded),
         ):
             W, g, x = wrap(W), wrap(g), wrap(h[n, :-1])
             # lorap takes the cross-entropy in float32, whatever the dtype of the logits.
@@ -138,11 +138,12 @@ def _audit_scores(
         yield ModuleAudit(name, "", checks)
 
 
-def _plain(x: NDArray[Any]) -> NDArray[Any]:
+def plain(x: NDArray[Any]) -> NDArray[Any]:
+    """Return what is given: the other of ``rounder``."""
     return x
 
 
-def _rounder(compute: Compute) -> Callable[[NDArray[Any]], NDArray[Any]]:
+def rounder(compute: Compute) -> Callable[[NDArray[Any]], NDArray[Any]]:
     """Return what makes an array one whose operations are all rounded.
 
     NumPy hands it every operation of the code that it is put into, so that the reference's own

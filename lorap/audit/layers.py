@@ -13,6 +13,7 @@ from lorap.audit.factors import factor_checks
 from lorap.audit.files import linear_name
 from lorap.audit.forward import Runs
 from lorap.audit.inputs import INPUT_OF, Input, Inputs, against_record, collect, needed
+from lorap.audit.refinement import refined
 from lorap.audit.results import Check, ModuleAudit
 from lorap.audit.selections import selection_checks
 from lorap.audit.sizes import Module
@@ -34,23 +35,26 @@ def audit_layers(
     advance : callable
         Called after each layer.
     """
-    staged = context.record.settings.dense_target is not None
+    settings = context.record.settings
     # Of the uncompressed model, from the same embeddings.
-    dense = copy.deepcopy(runs) if staged else None
+    dense = copy.deepcopy(runs) if settings.carries_dense else None
     for index in range(chosen[-1] + 1):
         prefix = f"{context.reader.family.layers_path}.{index}."
         held = context.stored.load(prefix)
         if index in chosen or dense is not None:
             given = context.reader.load(prefix)
-            if index not in chosen:
-                pass
-            elif dense is not None:
-                yield from audit_stages(context, runs, dense, index, given, held)
-            else:
+            found = None
+            if dense is None:
                 yield from _audit_layer(context, runs, index, given, held)
-            if dense is not None:
+            else:
+                if index in chosen:
+                    found = audit_stages(context, runs, dense, index, given, held)
                 for _ in dense.advance(given, f"layers.{index} of the original"):
                     pass
+                if found is not None and settings.refine:
+                    yield from refined(context, runs, dense, index, found, held)
+                elif found is not None:
+                    yield from found.modules
             del given
         for _ in runs.advance(held, f"layers.{index} of the compressed model"):
             pass

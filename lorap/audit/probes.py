@@ -13,12 +13,13 @@ from torch import Tensor
 
 from lorap.audit.comparisons import ROOM_LARGEST
 from lorap.audit.context import Context, embedded
+from lorap.audit.factors import factored
 from lorap.audit.files import linear_name
 from lorap.audit.forward import Pair, Runs
-from lorap.audit.inputs import INPUT_OF, Input, Sums, low_rank_method, norms_of
+from lorap.audit.inputs import INPUT_OF, Input, Sums
 from lorap.audit.results import Check, ModuleAudit
 from lorap.audit.sizes import Module, at_place, curve
-from lorap_reference import joint, llama, lowrank, marginal, pca, regression
+from lorap_reference import joint, llama, marginal, regression
 from lorap_reference.algorithm1 import PROBES
 
 Array = NDArray[np.float64]
@@ -102,8 +103,8 @@ class Probes:
             return {name: torch.from_numpy(new)}
         assert module.rank is not None
         parts = [given[f"{name}.weight"].double().numpy() for name in names]
-        known = sums.get(INPUT_OF[module.roles[0]], {})
-        L, R, bias = self._factors(module, joint.stacked(parts), known)
+        known = {name: pair.exact for name, pair in sums.get(INPUT_OF[module.roles[0]], {}).items()}
+        L, R, bias = factored(settings, module, joint.stacked(parts), known, self._tokens)
         rows = [part.shape[0] for part in parts]
         tensors = {}
         for name, product in zip(names, joint.split(L @ R, rows), strict=True):
@@ -114,26 +115,6 @@ class Probes:
                 new = added if before is None else added + before.double().numpy()
                 tensors[f"{name}.bias"] = torch.from_numpy(new)
         return tensors
-
-    def _factors(self, module: Module, W: Array, known: Sums) -> tuple[Array, Array, Array | None]:
-        settings, tokens = self._context.record.settings, self._tokens
-        method, r = low_rank_method(settings, module.sublayer), module.rank
-        assert r is not None
-        if method == "svd":
-            return (*lowrank.svd_low_rank(W, r)[:2], None)
-        if method == "pca":
-            return (*pca.pca(W, known["moment"].exact, r)[:2], None)
-        if method == "afm":
-            L, R, _, bias = pca.afm(W, known["moment"].exact, known["sum"].exact, tokens, r)
-            return L, R, bias
-        if method == "asvd":
-            sizes = known["magnitudes"].exact
-            scale = lowrank.magnitude_scale(sizes, tokens, settings.asvd_alpha)
-        else:
-            norms = norms_of(known)
-            assert norms is not None
-            scale = lowrank.column_scale(norms.exact, settings.weighting)
-        return (*lowrank.awsvd(W, scale, r)[:2], None)
 
     def _head(self) -> Callable[[Runs], tuple[NDArray[Any], NDArray[Any]]]:
         """Return what gives the logits of the probes, in both runs."""

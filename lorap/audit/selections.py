@@ -90,7 +90,7 @@ def selection_checks(
     C = score(scores)
     checks += cut_checks(basis, module, C, relative * C, kept)
     checks += numbers_at_cut(module, C, said, relative)
-    return checks + _energies(module, scores, kept, said, relative)
+    return checks + energies(module, scores, kept, said, relative)
 
 
 def _weighted(W: Scores, norms: Mapping[str, Any], which: str) -> dict[str, Array]:
@@ -222,7 +222,7 @@ def numbers_at_cut(
     return checks
 
 
-def _energies(
+def energies(
     module: Module,
     scores: Scores,
     kept: NDArray[np.int64],
