@@ -231,8 +231,11 @@ class _Objective:
             parameter.requires_grad_(True)
         for batch in self._batches:
             loss = self._of_batch(batch)
-            for found, part in zip(sums, torch.autograd.grad(loss, self._parameters), strict=True):
-                found += part
+            # About the mean over the tokens: in fp16 their sum might overflow. Exact otherwise.
+            scale = 2.0 ** batch.tokens.bit_length()
+            parts = torch.autograd.grad(loss / scale, self._parameters)
+            for found, part in zip(sums, parts, strict=True):
+                found.add_(part, alpha=scale)
             total += float(loss.detach())
         for parameter in self._parameters:
             parameter.requires_grad_(False)
