@@ -95,6 +95,10 @@ X32 = torch.tensor(X, dtype=torch.float32)
     "pca.product",
     "afm.product",
     "mgaa.similarity",
+    "marginal.divergence",
+    "update.solution",
+    "obs.order",
+    "target.regression",
 )
 @pytest.mark.parametrize(
     ("function", "arguments"),
@@ -109,6 +113,10 @@ X32 = torch.tensor(X, dtype=torch.float32)
         ("pca.pca", (X32, X32.T @ X32, 2)),
         ("pca.afm", (X32, X32.T @ X32, X32.sum(0), 2, 2)),
         ("mgaa.cosine_sum", (X32, X32)),
+        ("marginal.divergence_sum", (X32, X32 + 1)),
+        ("regression.least_squares_update", (X32, X32.T @ X32, torch.tensor([0, 1]), 0.01)),
+        ("regression.removal_order", (X32, X32.T @ X32, 2, 0.01)),
+        ("regression.regressed_weight", (X32, X32.T @ X32, X32.T @ X32, 0.5, 0.01)),
     ],
 )
 def test_new_tensors_are_made_where_the_inputs_are(
