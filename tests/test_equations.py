@@ -89,6 +89,7 @@ X32 = torch.tensor(X, dtype=torch.float32)
     "stats.magnitudes",
     "stats.sum",
     "stats.second-moment",
+    "stats.cross-moment",
     "heads.group",
     "wanda.mask",
     "lowrank.svd",
@@ -107,6 +108,7 @@ X32 = torch.tensor(X, dtype=torch.float32)
         ("statistics.sum_of_magnitudes", (X32,)),
         ("statistics.token_sum", (X32,)),
         ("statistics.second_moment", (X32,)),
+        ("statistics.cross_moment", (X32, X32)),
         ("heads.head_rows", (torch.tensor([1]), 6, 2)),
         ("wanda.wanda_mask", (X32, 0.5)),
         ("lowrank.svd_low_rank", (X32, 2)),
@@ -131,6 +133,26 @@ def test_new_tensors_are_made_where_the_inputs_are(
     parts = answer if isinstance(answer, tuple) else (answer,)
     for part, other in zip(parts, expected if len(parts) > 1 else (expected,), strict=True):
         assert part == other if isinstance(part, float) else torch.equal(part, other)
+
+
+@pytest.mark.spec(
+    "stats.sum-of-squares",
+    "stats.magnitudes",
+    "stats.sum",
+    "stats.second-moment",
+    "stats.cross-moment",
+)
+def test_the_reference_sums_narrow_inputs_in_float64() -> None:
+    from lorap_reference import statistics
+
+    narrow = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
+    for name in ("sum_of_squares", "sum_of_magnitudes", "token_sum", "second_moment"):
+        found = getattr(statistics, name)(narrow)
+        assert found.dtype == np.float64
+        expected = getattr(statistics, name)(narrow.astype(np.float64))
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    found, wide = statistics.cross_moment(narrow, narrow), narrow.astype(np.float64)
+    np.testing.assert_allclose(found, statistics.cross_moment(wide, wide), rtol=1e-12)
 
 
 @pytest.mark.spec("stats.norm")
@@ -1108,6 +1130,8 @@ def test_break_even_rank(side: Side) -> None:
         (4096, 0.34, 675, 2026),
         (4096, 0.40, 614, 1842),
         (4096, 0.50, 512, 1536),
+        # Of 25 times 1.5 a half is cut off.
+        (100, 0.50, 12, 37),
         (4096, 0.5203, 491, 1473),
         (5120, 0.20, 1536, None),
         (5120, 0.50, 640, 1920),
