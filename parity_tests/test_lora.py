@@ -289,6 +289,7 @@ def test_merge_factors(case: Case, layout: own.Layout, dtype: Dtype) -> None:
 )
 # At break-even itself.
 @example(shape=(12, 4), r=1, r_l=2)
+@example(shape=(12, 8), r=1, r_l=2)
 def test_break_even(shape: own.Shape, r: int, r_l: int) -> None:
     theirs = reference.merged_rank(shape, r, r_l)
     assert ours.merged_rank(shape, r, r_l) == theirs
@@ -507,7 +508,9 @@ def assert_same(found: Mapping[str, Array], expected: Mapping[str, Array]) -> No
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-def check_whole_model(case: Recovered, mode: reference.Mode, layers: list[dict[str, Array]]) -> None:
+def check_whole_model(
+    case: Recovered, mode: reference.Mode, layers: list[dict[str, Array]]
+) -> None:
     """Assert that the reference merges a model layer by layer, and leaves the rest alone."""
     expected = {n: value for n, value in case.weights.items() if not n.startswith("model.layers.")}
     for index, layer in enumerate(layers):

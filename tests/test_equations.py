@@ -464,6 +464,14 @@ def test_wanda_mask(side: Side) -> None:
 
 
 @pytest.mark.spec("wanda.mask")
+def test_of_equal_scores_among_others_wanda_drops_the_first(side: Side) -> None:
+    scores = np.random.default_rng(0).integers(0, 4, (2, 500)).astype(np.float64)
+    for row, mask in zip(scores, side("wanda.wanda_mask", scores, 0.4), strict=True):
+        dropped = sorted(range(500), key=lambda j, row=row: (row[j], j))[:200]
+        assert np.flatnonzero(~np.asarray(mask)).tolist() == sorted(dropped)
+
+
+@pytest.mark.spec("wanda.mask")
 def test_of_equal_scores_wanda_drops_the_first(side: Side) -> None:
     # More than the 16 up to which an unstable sort is stable by accident.
     mask = side("wanda.wanda_mask", np.ones((2, 500)), 0.3)
