@@ -43,7 +43,7 @@ THOROUGH = "mutants"
 THOROUGH_FACTOR = 10
 """Examples of the second profile per example of the first."""
 
-FIRST_SHARE = 0.2
+FIRST_SHARE = 0.05
 """Of the time that all tests take: what the tests of a first attempt may take, the quick ones."""
 
 PATIENCE = 10.0
