@@ -209,6 +209,13 @@ def test_whole_model(case: Case) -> None:
         llamas.close("model: logits", logits, llama.logits(new, shape, ids), spread)
 
 
+@pytest.mark.spec("algorithm.sequence")
+def test_the_defaults_of_both_sides_are_the_same() -> None:
+    model = own.SmallLlama(llama.LlamaShape(1, 2, 2, 2), 4, 6, 8, False, False, False, 0).model()
+    config = CompressionConfig(ratio=0.2, ratio_scope="layer")
+    assert llamas.reference_settings(config, model) == algorithm1.Settings(0.2)
+
+
 @pytest.mark.spec("algorithm.sequence", "algorithm.mha", "algorithm.ffn")
 @own.of_whole_models
 @given(case=cases(importance=("activation", "magnitude")))

@@ -1,5 +1,6 @@
 """LoRA beside dense and factored matrices (Eq. (12), (13)), and both ways to merge it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,7 @@ def test_merge_factors(case: Case, layout: own.Layout, dtype: Dtype) -> None:
 )
 # At break-even itself.
 @example(shape=(12, 4), r=1, r_l=2)
+@example(shape=(12, 8), r=1, r_l=2)
 def test_break_even(shape: own.Shape, r: int, r_l: int) -> None:
     theirs = reference.merged_rank(shape, r, r_l)
     assert ours.merged_rank(shape, r, r_l) == theirs
@@ -480,15 +482,41 @@ def merging_bounds(
 @llamas.float64_throughout()
 def test_exactly_merged_layers(case: Recovered) -> None:
     merged = merging.merge_exactly(case.decoder, case.adapter, case.plans)
+    h, layers = llama.embed(case.weights, case.ids), []
     for index, found in enumerate(merged):
         layer, updates = llama.layer_weights(case.weights, index), case.updates[index]
         exact = reference.merge_exact(layer, updates)
+        h = llama.layer_forward(exact, case.shape, h).output
+        layers.append((exact, h))
         assert found.tensors.keys() == exact.keys()
         event("became dense" if exact.keys() - layer.keys() else "as before")
         bounds = merging_bounds(layer, updates, exact)
         for name, expected in exact.items():
             ours_ = found.tensors[name]
             compare.close("exactly merged weights", ours_, expected, bounds.get(name, 0.0))
+    h = llama.embed(case.weights, case.ids)
+    for index, (exact, expected) in enumerate(layers):
+        layer = llama.layer_weights(case.weights, index)
+        new, h = reference.merge_layer(layer, case.shape, h, case.updates[index], "exact")
+        assert_same(new, exact)
+        assert np.array_equal(h, expected)
+    check_whole_model(case, "exact", [new for new, _ in layers])
+
+
+def assert_same(found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def check_whole_model(
+    case: Recovered, mode: reference.Mode, layers: list[dict[str, Array]]
+) -> None:
+    """Assert that the reference merges a model layer by layer, and leaves the rest alone."""
+    expected = {n: value for n, value in case.weights.items() if not n.startswith("model.layers.")}
+    for index, layer in enumerate(layers):
+        expected |= {f"model.layers.{index}.{name}": value for name, value in layer.items()}
+    whole = reference.merge(case.weights, case.shape, case.ids, case.updates, mode)
+    assert_same(whole, expected)
 
 
 @pytest.mark.spec("lora.sequence", "lora.merge-same-size", "lora.joint")
@@ -498,6 +526,12 @@ def test_exactly_merged_layers(case: Recovered) -> None:
 def test_layers_cut_back_to_size(case: Recovered) -> None:
     samples = Samples(torch.from_numpy(case.ids))
     merged = merging.merge_to_size(case.decoder, case.adapter, case.plans, samples)
+    h, layers = llama.embed(case.weights, case.ids), []
+    for index, of_layer in enumerate(case.updates):
+        layer = llama.layer_weights(case.weights, index)
+        new, h = reference.merge_layer(layer, case.shape, h, of_layer, "same-size")
+        layers.append(new)
+    check_whole_model(case, "same-size", layers)
     h = llama.embed(case.weights, case.ids)
     known = Known(h, np.zeros_like(h))
     for index, found in enumerate(merged):

@@ -160,12 +160,56 @@ FOR_EACH_PARAMETER: tuple[Curves, dict[str, float], int, dict[str, int]] = (
 )
 """The step that takes most off is not the one that does for each parameter."""
 
+BELOW_ONE = (
+    NO_POWER_OF_TWO[0],
+    dict.fromkeys("abc", 2.0**-6),
+    *NO_POWER_OF_TWO[2:],
+)
+"""The same at a price below 1."""
+
+CLOSE: tuple[Curves, dict[str, float], int, dict[str, int]] = (
+    {"a": ([1, 2], [1.0, 0.0]), "b": ([1, 2], [1 + 2.0**-40, 0.0])},
+    {"a": 1.0, "b": 1.0},
+    3,
+    {"a": 0, "b": 0},
+)
+"""Errors that are equal in float32."""
+
+FLAT_FIRST: tuple[Curves, dict[str, float], int, dict[str, int]] = (
+    {"a": ([3, 4, 5, 8], [12.0, 12.0, 9.0, 0.0])},
+    {"a": 1.0},
+    5,
+    {"a": 0},
+)
+"""The least that a step of the module takes off is nothing; another takes off something."""
+
+FLAT_LAST: tuple[Curves, dict[str, float], int, dict[str, int]] = (
+    {"a": ([1, 5, 8, 10, 11], [30.0, 24.0, 24.0, 23.0, 0.0])},
+    {"a": 1.0},
+    9,
+    {"a": 0},
+)
+"""A larger size takes off as much, and less for each parameter."""
+
+STEEPER_IN_ONE: tuple[Curves, dict[str, float], int, dict[str, int]] = (
+    {"a": ([2, 5, 6, 7], [11.0, 8.0, 5.0, 0.0]), "b": ([5, 7, 8], [12.0, 5.0, 0.0])},
+    {"a": 1.0, "b": 1.0},
+    14,
+    {"a": 3, "b": 4},
+)
+"""The best step of `a` is above the best of `b`, and the worst below it."""
+
 
 @pytest.mark.spec("marginal.sizes")
 @given(case=allocations())
 @example(case=JUMP)
 @example(case=NO_POWER_OF_TWO)
 @example(case=FOR_EACH_PARAMETER)
+@example(case=BELOW_ONE)
+@example(case=CLOSE)
+@example(case=FLAT_FIRST)
+@example(case=FLAT_LAST)
+@example(case=STEEPER_IN_ONE)
 def test_marginal_sizes(
     case: tuple[Curves, dict[str, float], int, dict[str, int]],
 ) -> None:

@@ -101,6 +101,7 @@ def exact_removed(case: own.SubLayers, ratios: list[float]) -> Fraction:
 @example(case=own.SubLayers([1, -1, 0.5, -0.5], [1, 2, 1, 2], 0.5, 0.25, [1.0] * 4))
 @example(case=own.SubLayers([2.0, 0.0, -2.0], [2, 1, 1], 0.25, 0.25, [0.25, 1.0, 1.0]))
 @example(case=own.SubLayers([0.0] * 3, [3, 4, 5], 0.2, 0.35, [1.0] * 3))
+@example(case=own.SubLayers([-5.375, 0.0], [1, 100], 0.5, 0.35, [1.0, 0.0]))
 def test_sublayer_ratios(case: own.SubLayers) -> None:
     ratios = ours.sublayer_ratios(*case.arguments)
     compare.exact("sub-layer ratios", ratios, reference.sublayer_ratios(*case.arguments))

@@ -94,6 +94,7 @@ def test_removal_order(problem: Removal, layout: own.Layout, dtype: Dtype, block
     assert W.unchanged()
     assert C.unchanged()
     assert mine.dtype == torch.int64
+    assert theirs.dtype == np.int64
     assert losses.dtype == torch.float64
     assert len(set(mine.tolist())) == problem.count
     arguments = (W.array, C.array, problem.ridge)

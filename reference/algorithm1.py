@@ -130,7 +130,7 @@ class Settings:
     def low_rank(self, sublayer: Sublayer) -> LowRank | None:
         """Low-rank method of a sub-layer; None where it has none."""
         method = self.mha if sublayer == "mha" else self.ffn
-        return None if method is None or method == "heads" or method == "channels" else method
+        return None if method == "heads" or method == "channels" else method
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Sizes:
         Removed bands of the groups of heads, and of the channels, in ascending order of score.
     """
 
-    ranks: dict[str, int | None] = field(default_factory=dict)
+    ranks: dict[str, int | None]
     heads: tuple[int, int] | None = None
     channels: tuple[int, int] | None = None
 
@@ -482,7 +482,7 @@ def updated(
     -----
     SPEC: ``algorithm.update``.
     """
-    if settings.update == "none" or kept.size == W.shape[1]:
+    if settings.update == "none":
         return pruned
     return least_squares_update(W, statistics.second_moment(X), kept, settings.ridge)
 

@@ -126,7 +126,8 @@ def cross_moment(X: Array, Y: Array) -> Array:
     -----
     SPEC: ``stats.cross-moment``.
     """
-    return X.T @ Y
+    X, Y = np.asarray(X, dtype=np.float64), np.asarray(Y, dtype=np.float64)
+    return np.asarray(X.T @ Y)
 
 
 def token_mean(total: Array, n: int) -> Array:

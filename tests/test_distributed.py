@@ -295,6 +295,7 @@ def dawdle() -> None:
     at_layer(1, lambda: time.sleep(1))
 
 
+@pytest.mark.processes
 @pytest.mark.spec("algorithm.processes")
 @pytest.mark.parametrize(
     "method",
@@ -320,6 +321,7 @@ def test_two_processes_give_what_one_gives_to_the_last_bit(method: str, case: Ca
         assert own["modules"] == other["modules"]
 
 
+@pytest.mark.processes
 @pytest.mark.spec("algorithm.processes")
 def test_three_processes_are_off_by_rounding_at_most(case: Case) -> None:
     """Parts of 2, 3 and 3 samples: other batches than those of one process, and other sums."""

@@ -89,12 +89,17 @@ X32 = torch.tensor(X, dtype=torch.float32)
     "stats.magnitudes",
     "stats.sum",
     "stats.second-moment",
+    "stats.cross-moment",
     "heads.group",
     "wanda.mask",
     "lowrank.svd",
     "pca.product",
     "afm.product",
     "mgaa.similarity",
+    "marginal.divergence",
+    "update.solution",
+    "obs.order",
+    "target.regression",
 )
 @pytest.mark.parametrize(
     ("function", "arguments"),
@@ -103,12 +108,17 @@ X32 = torch.tensor(X, dtype=torch.float32)
         ("statistics.sum_of_magnitudes", (X32,)),
         ("statistics.token_sum", (X32,)),
         ("statistics.second_moment", (X32,)),
+        ("statistics.cross_moment", (X32, X32)),
         ("heads.head_rows", (torch.tensor([1]), 6, 2)),
         ("wanda.wanda_mask", (X32, 0.5)),
         ("lowrank.svd_low_rank", (X32, 2)),
         ("pca.pca", (X32, X32.T @ X32, 2)),
         ("pca.afm", (X32, X32.T @ X32, X32.sum(0), 2, 2)),
         ("mgaa.cosine_sum", (X32, X32)),
+        ("marginal.divergence_sum", (X32, X32 + 1)),
+        ("regression.least_squares_update", (X32, X32.T @ X32, torch.tensor([0, 1]), 0.01)),
+        ("regression.removal_order", (X32, X32.T @ X32, 2, 0.01)),
+        ("regression.regressed_weight", (X32, X32.T @ X32, X32.T @ X32, 0.5, 0.01)),
     ],
 )
 def test_new_tensors_are_made_where_the_inputs_are(
@@ -123,6 +133,26 @@ def test_new_tensors_are_made_where_the_inputs_are(
     parts = answer if isinstance(answer, tuple) else (answer,)
     for part, other in zip(parts, expected if len(parts) > 1 else (expected,), strict=True):
         assert part == other if isinstance(part, float) else torch.equal(part, other)
+
+
+@pytest.mark.spec(
+    "stats.sum-of-squares",
+    "stats.magnitudes",
+    "stats.sum",
+    "stats.second-moment",
+    "stats.cross-moment",
+)
+def test_the_reference_sums_narrow_inputs_in_float64() -> None:
+    from lorap_reference import statistics
+
+    narrow = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
+    for name in ("sum_of_squares", "sum_of_magnitudes", "token_sum", "second_moment"):
+        found = getattr(statistics, name)(narrow)
+        assert found.dtype == np.float64
+        expected = getattr(statistics, name)(narrow.astype(np.float64))
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    found, wide = statistics.cross_moment(narrow, narrow), narrow.astype(np.float64)
+    np.testing.assert_allclose(found, statistics.cross_moment(wide, wide), rtol=1e-12)
 
 
 @pytest.mark.spec("stats.norm")
@@ -431,6 +461,14 @@ def test_wanda_mask(side: Side) -> None:
     ]
     assert side("wanda.wanda_mask", scores, 0.0).all()
     assert not side("wanda.wanda_mask", scores, 1.0).any()
+
+
+@pytest.mark.spec("wanda.mask")
+def test_of_equal_scores_among_others_wanda_drops_the_first(side: Side) -> None:
+    scores = np.random.default_rng(0).integers(0, 4, (2, 500)).astype(np.float64)
+    for row, mask in zip(scores, side("wanda.wanda_mask", scores, 0.4), strict=True):
+        dropped = sorted(range(500), key=lambda j, row=row: (row[j], j))[:200]
+        assert np.flatnonzero(~np.asarray(mask)).tolist() == sorted(dropped)
 
 
 @pytest.mark.spec("wanda.mask")
@@ -1100,6 +1138,8 @@ def test_break_even_rank(side: Side) -> None:
         (4096, 0.34, 675, 2026),
         (4096, 0.40, 614, 1842),
         (4096, 0.50, 512, 1536),
+        # Of 25 times 1.5 a half is cut off.
+        (100, 0.50, 12, 37),
         (4096, 0.5203, 491, 1473),
         (5120, 0.20, 1536, None),
         (5120, 0.50, 640, 1920),

@@ -73,6 +73,29 @@ def test_beside_factors_and_merged_into_them() -> None:
     np.testing.assert_allclose(product.numpy(), M, rtol=1e-13)
 
 
+@pytest.mark.spec("lora.merge-dense", "lora.merge-factors", "precision.compute")
+@pytest.mark.parametrize("wide", [0, 1, 2, 3, None])
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16, torch.float32])
+def test_merging_is_done_in_the_widest_dtype_of_all(wide: int | None, narrow: torch.dtype) -> None:
+    """Each in turn is float64, and the others are narrower."""
+    parts = [torch.tensor(part).to(narrow) for part in case()[:4]]
+    if wide is not None:
+        parts[wide] = parts[wide].double()
+    expected = torch.float32 if wide is None else torch.float64
+    for found, plain in zip(
+        ours.merge_factors(*parts, 0.3),
+        ours.merge_factors(*(part.to(expected) for part in parts), 0.3),
+        strict=True,
+    ):
+        assert found.dtype == expected
+        assert torch.equal(found, plain)
+    W, A, B = parts[0] @ parts[1].to(parts[0].dtype), parts[2], parts[3]
+    expected = torch.float64 if wide in (0, 2, 3) else torch.float32
+    merged = ours.merge_dense(W, A, B, 0.3)
+    assert merged.dtype == expected
+    assert torch.equal(merged, ours.merge_dense(*(M.to(expected) for M in (W, A, B)), 0.3))
+
+
 @pytest.mark.spec("lora.break-even")
 def test_break_even_is_where_factors_hold_no_less() -> None:
     # 12 and 4: break-even at 3, where factors hold 3 * 16 = 48 = 12 * 4.

@@ -134,6 +134,17 @@ def error(W: Array, X: Array, gone: tuple[int, ...]) -> float:
 
 
 @pytest.mark.spec("obs.order")
+def test_no_removal_costs_less_than_nothing(side: Side) -> None:
+    """Three equal features whose weights add up to 0: the last one has nothing left to give."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        W = rng.integers(-9, 10, (2, 3)).astype(np.float64)
+        W[:, 2] -= W.sum(axis=1)
+        _, losses = side("regression.removal_order", W, np.ones((3, 3)), 3, 1e-10)
+        assert (losses >= 0).all()
+
+
+@pytest.mark.spec("obs.order")
 def test_removals_are_nested(side: Side) -> None:
     W, X = problem(3)
     whole = side("regression.removal_order", W, X.T @ X, 6, RIDGE)
@@ -167,6 +178,55 @@ def test_a_regression_is_the_least_squares_fit_of_the_targets(side: Side, share:
     live = np.linalg.norm(X, axis=0) > 0
     assert np.allclose(found[:, live], expected[:, live], rtol=1e-9, atol=1e-9)
     assert np.array_equal(found[:, ~live], W[:, ~live])
+
+
+@pytest.mark.spec("target.regression", "update.ridge")
+def test_a_feature_whose_square_vanishes_is_dead_and_keeps_its_column(side: Side) -> None:
+    """Although its products with what it was in the uncompressed model do not vanish."""
+    X, others = np.array([[1.0, 1e-200]]), np.array([[2.0, 1e100]])
+    found = side("regression.regressed_weight", np.ones((1, 2)), X.T @ X, others.T @ X, 0.5, RIDGE)
+    assert found[0, 0] > 1
+    assert found[0, 1] == 1
+    found = side("regression.regressed_weight", np.eye(1, 2), X.T @ X, others.T @ X, 0.5, RIDGE)
+    assert found[0, 1] == 0
+
+
+@pytest.mark.spec("update.ridge", "update.solution", "obs.order", "target.regression")
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+def test_narrow_weights_and_moments_are_widened_first(name: str) -> None:
+    import torch
+
+    from lorap.ops import regression
+
+    W, X = (torch.from_numpy(part).float() for part in problem())
+    W = W.to(getattr(torch, name))
+    C, M = X.T @ X, (X + 1).T @ X
+    kept = torch.tensor([0, 1, 3, 6])
+    moments = C.double(), M.double()
+    for norms, exact in zip(
+        regression.ridged_correlation(C, RIDGE),
+        regression.ridged_correlation(moments[0], RIDGE),
+        strict=True,
+    ):
+        assert norms.dtype == torch.float64
+        assert torch.equal(norms, exact)
+    results = (
+        (
+            regression.least_squares_update(W, C, kept, RIDGE),
+            regression.least_squares_update(W.double(), moments[0], kept, RIDGE),
+        ),
+        (
+            regression.regressed_weight(W, C, M, 0.5, RIDGE),
+            regression.regressed_weight(W.double(), *moments, 0.5, RIDGE),
+        ),
+    )
+    for narrow, wide in results:
+        assert narrow.dtype == (torch.float64 if name == "float64" else torch.float32)
+        assert torch.equal(narrow, wide.to(narrow.dtype))
+    order, losses = regression.removal_order(W, C, 5, RIDGE)
+    expected = regression.removal_order(W.double(), moments[0], 5, RIDGE)
+    assert torch.equal(order, expected[0])
+    assert torch.equal(losses, expected[1])
 
 
 @pytest.mark.spec("target.regression")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -84,10 +86,162 @@ def test_gram_says_where_it_cannot_be_trusted(diagonal: list[float], why: str) -
 
 
 @pytest.mark.spec("solver.gram")
-def test_what_overflows_is_left_to_the_svd() -> None:
-    matrix = torch.diag(torch.tensor([1e200, 1.0], dtype=torch.float64))
+def test_the_last_eigenvalue_must_rise_above_the_rounding_of_the_first() -> None:
+    """1000 * 4 * eps is 60^2 + 20^2 in units of 2^-52: taken beyond it, and not at it."""
+    for scale in (1.0, 2.0**10):
+        at, above = (torch.zeros(3, 4, dtype=torch.float64) for _ in range(2))
+        for matrix, root in ((at, 60.0), (above, 61.0)):
+            matrix[0, 0], matrix[1, 1:3] = scale, scale * 2.0**-26 * torch.tensor([root, 20.0])
+            matrix[2, 3] = scale * 2.0**-40
+        assert solvers.gram(at, 2) is None
+        assert solvers.gram(above, 2) is not None
+
+
+@pytest.mark.spec("solver.gram")
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[1e200, 0.0], [0.0, 1.0]],
+        # LAPACK does not find the eigenvalues of a product that is not a number in places.
+        [[1e200, 1e200, 0, 0], [1e200, -1e200, 0, 1], [1, 1, 1, 1], [0, 0, 1, 3]],
+    ],
+)
+def test_what_overflows_is_left_to_the_svd(rows: list[list[float]]) -> None:
+    matrix = torch.tensor(rows, dtype=torch.float64)
     assert solvers.gram(matrix, 1) is None
-    assert solvers.leading_directions(matrix, 1)[1].tolist() == [1e200, 1.0]
+    expected = torch.linalg.svdvals(matrix)
+    torch.testing.assert_close(solvers.leading_directions(matrix, 1)[1], expected)
+
+
+@pytest.mark.spec("solver.gram")
+def test_the_svd_is_not_asked_where_the_eigenvectors_will_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch.linalg, "svd")
+    for ours, expected in zip(
+        solvers.leading_directions(SMALL, 2), solvers.gram(SMALL, 2), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+SMALL = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
+DELTA = 3 * 2.0**-52 * 9
+"""What rounding does to an eigenvalue of its Gram matrix, by the rule."""
+
+
+def decomposed(
+    monkeypatch: pytest.MonkeyPatch, values: list[float], vectors: Tensor | None = None
+) -> None:
+    """Let the eigenvalues, descending, and eigenvectors be these, by default the unit vectors."""
+    found = torch.tensor(values, dtype=torch.float64)
+    axes = torch.eye(len(values), dtype=torch.float64) if vectors is None else vectors
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: (found.flip(0), axes.flip(1)))
+
+
+def turned(size: float) -> Tensor:
+    """Two axes turned so that the correction is of a given size: half the tangent of twice."""
+    angle = math.atan(2 * size) / 2
+    cos, sin = math.cos(angle), math.sin(angle)
+    return torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
+
+
+@pytest.mark.spec("solver.gram")
+def test_a_correction_beyond_first_order_is_left_to_the_svd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrix = torch.diag(torch.tensor([4.0, 3.0], dtype=torch.float64))
+    decomposed(monkeypatch, [16.0, 9.0], turned(0.0099))
+    found = solvers.gram(matrix, 1)
+    assert found is not None
+    torch.testing.assert_close(found[0].abs(), torch.eye(2).double()[:, :1], rtol=0, atol=1e-15)
+    decomposed(monkeypatch, [16.0, 9.0], turned(0.0101))
+    assert solvers.gram(matrix, 1) is None
+
+
+@pytest.mark.spec("solver.gram")
+def test_corrections_end_with_one_whose_square_is_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Wide enough that a square of 1e-14 passes for rounding.
+    matrix = torch.zeros(2, 16, dtype=torch.float64)
+    matrix[0, 0], matrix[1, 1] = 4.0, 3.0
+    made_orthonormal, qr = [], torch.linalg.qr
+
+    def counted(columns: Tensor) -> object:
+        made_orthonormal.append(columns)
+        return qr(columns)
+
+    monkeypatch.setattr(torch.linalg, "qr", counted)
+    for size, corrections in ((0.9e-7, 1), (1.1e-7, 2)):
+        made_orthonormal.clear()
+        decomposed(monkeypatch, [16.0, 9.0], turned(size))
+        assert solvers.gram(matrix, 1) is not None
+        assert len(made_orthonormal) == corrections
+
+
+@pytest.mark.spec("solver.gram")
+def test_there_are_three_corrections_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kept are turned among themselves, each takes off only a part.
+
+    The sizes are 2e-4, 2e-6, 3e-8; and 6e-3, 7e-5, 9e-7.
+    """
+    matrix = torch.diag(torch.tensor([5.0, 4.0, 2.0, 1.0], dtype=torch.float64))
+    among, between = torch.zeros(2, 4, 4, dtype=torch.float64)
+    among[0, 1] = among[2, 3] = 0.02
+    between[0, 2] = between[1, 3] = between[1, 2] = 1.0
+    between[0, 3] = -1.0
+    for size, is_found in ((1e-4, True), (3e-3, False)):
+        vectors = torch.matrix_exp(among - among.T) @ torch.matrix_exp(size * (between - between.T))
+        decomposed(monkeypatch, [25.0, 16.0, 4.0, 1.0], vectors)
+        found = solvers.gram(matrix, 2)
+        assert (found is not None) == is_found
+        if found is not None:
+            basis, values = found
+            expected = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0])).double()
+            torch.testing.assert_close(basis @ basis.T, expected, rtol=0, atol=1e-9)
+            torch.testing.assert_close(values, matrix.diagonal(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.spec("solver.gram")
+def test_a_kept_direction_that_holds_less_than_one_cut_off_is_left_to_the_svd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Although the difference is within what the check at the end forgives."""
+    matrix = torch.diag(torch.tensor([1.0, 1 + 2.0**-51, 0.5], dtype=torch.float64))
+    decomposed(monkeypatch, [1 + 2.0**-50, 1.0, 0.25], torch.eye(3)[:, [0, 1, 2]].double())
+    assert solvers.gram(matrix, 1) is None
+    decomposed(monkeypatch, [1 + 2.0**-50, 1.0, 0.25], torch.eye(3)[:, [1, 0, 2]].double())
+    assert solvers.gram(matrix, 1) is not None
+
+
+@pytest.mark.spec("solver.gram")
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("moved", "limit"),
+    [
+        ((0, 1, -1), 2 * 10 * DELTA),  # of what two directions hold
+        ((0, 0, 1), 3 * 10 * DELTA),  # of all eigenvalues
+        ((0, 1, -1), None),
+        ((0, 0, 1), None),
+    ],
+)
+def test_what_is_held_may_be_off_by_rounding_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, moved: tuple[int, ...], limit: float | None, sign: int
+) -> None:
+    for by, is_found in ((0.95, True), (1.05, False)) if limit else ((0.1, False),):
+        off = sign * by * (limit or 1.0)
+        values = [value + off * part for value, part in zip((9, 4, 1), moved, strict=True)]
+        decomposed(monkeypatch, values)
+        assert (solvers.gram(SMALL, 2) is not None) == is_found
+
+
+@pytest.mark.spec("solver.gram")
+@pytest.mark.parametrize("limit", ["ROOM", "TURN", "EXACT"])
+def test_what_is_at_a_limit_is_within_it(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """Nothing is rounded here, so that a limit of 0 is met."""
+    decomposed(monkeypatch, [9.0, 4.0, 1.0])
+    monkeypatch.setattr(solvers, limit, 0.0)
+    assert solvers.gram(SMALL, 2) is not None
 
 
 @pytest.mark.spec("solver.gram")

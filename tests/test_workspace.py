@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorap.ops import lowrank
+from lorap.ops.marginal import divergence_sum
 from lorap.ops.mgaa import cosine_sum
-from lorap.ops.statistics import sum_of_squares
+from lorap.ops.statistics import cross_moment, sum_of_squares
 
 
 class Allocations(TorchDispatchMode):
@@ -58,6 +59,29 @@ def test_few_features_are_widened_as_many_tokens_at_a_time(
     assert widened == {0: [0, 0, 0], 1: [2, 2, 1], 3: [3] * 5}[features]
 
 
+@pytest.mark.spec("precision.statistics")
+def test_samples_are_widened_by_features_and_not_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorap.ops.statistics._CHUNK_ELEMENTS", 6)
+    inputs = torch.ones(2, 6, 3, dtype=torch.float32)
+    widened = [size for name, size in allocations(sum_of_squares, inputs) if name == "_to_copy"]
+    assert widened == [6] * 6
+
+
+@pytest.mark.spec("stats.cross-moment", "precision.statistics")
+@pytest.mark.parametrize("features", [(1, 3), (3, 1)])
+def test_two_inputs_are_widened_as_many_tokens_at_a_time_as_the_wider_one_allows(
+    features: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorap.ops.statistics._CHUNK_ELEMENTS", 6)
+    rng = torch.Generator().manual_seed(0)
+    inputs, others = (torch.randn(5, d, generator=rng) for d in features)
+    made = allocations(cross_moment, inputs, others)
+    widths = [tokens * d for tokens in (2, 2, 1) for d in features]
+    assert [size for name, size in made if name == "_to_copy"] == widths
+    expected = inputs.double().T @ others.double()
+    torch.testing.assert_close(cross_moment(inputs, others), expected)
+
+
 @pytest.mark.spec("mgaa.similarity", "precision.statistics")
 def test_streams_are_widened_16_mib_at_a_time_each() -> None:
     chunk = 16 * 2**20 // 8
@@ -78,6 +102,27 @@ def test_few_features_are_widened_as_many_tokens_at_a_time_of_each_stream(
     monkeypatch.setattr("lorap.ops.mgaa._CHUNK_ELEMENTS", 2)
     stream = torch.ones(5, features, dtype=torch.float32)
     made = allocations(cosine_sum, stream, stream)
+    assert [size for name, size in made if name == "_to_copy"] == expected
+
+
+@pytest.mark.spec("marginal.divergence", "precision.statistics")
+def test_logits_are_widened_16_mib_at_a_time_each() -> None:
+    chunk = 16 * 2**20 // 8
+    logits = torch.ones(5 * chunk // 2 // 128, 128, dtype=torch.float16)
+    widened = [n for name, n in allocations(divergence_sum, logits, logits) if name == "_to_copy"]
+    assert widened == [chunk] * 4 + [chunk // 2] * 2
+
+
+@pytest.mark.spec("marginal.divergence", "precision.statistics")
+@pytest.mark.parametrize(
+    ("vocabulary", "expected"), [(1, [2, 2, 2, 2, 1, 1]), (3, [3] * 10), (9, [9] * 10)]
+)
+def test_a_small_vocabulary_is_widened_as_many_tokens_at_a_time(
+    vocabulary: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorap.ops.marginal._CHUNK_ELEMENTS", 2)
+    logits = torch.ones(5, vocabulary, dtype=torch.float32)
+    made = allocations(divergence_sum, logits, logits)
     assert [size for name, size in made if name == "_to_copy"] == expected
 
 

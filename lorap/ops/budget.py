@@ -179,7 +179,7 @@ def rounded_sizes(
             continue
         # More than half a step, so that it never goes to zero.
         due = size * per_unit + carried
-        below = min(due // step * step, dense)
+        below = due // step * step
         above = min(below + step, dense)
         held = above if above - due < due - below else below
         carried = due - held

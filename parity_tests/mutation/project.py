@@ -80,7 +80,7 @@ LORAP = Project(
     packages={"reference": "lorap_reference", "lorap/ops": "lorap.ops"},
     tests=("tests", "parity_tests"),
     notes="parity_tests/mutation",
-    marker="spec and not slow",
+    marker="spec and not slow and not processes",
     plugins=("_hypothesis_pytestplugin",),
     preloaded=(
         "pytest",
