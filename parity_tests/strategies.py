@@ -660,6 +660,20 @@ class SmallLlama:
         return model.eval()
 
 
+def grouped_llama(layers: int, seed: int) -> SmallLlama:
+    """Return a small model with grouped queries, biases everywhere, and a head of its own."""
+    return SmallLlama(
+        LlamaShape(layers, heads=4, kv_heads=2, head_dim=4),
+        hidden=16,
+        width=24,
+        vocabulary=40,
+        tied=False,
+        attention_bias=True,
+        mlp_bias=True,
+        seed=seed,
+    )
+
+
 @st.composite
 def small_llamas(draw: st.DrawFn) -> SmallLlama:
     """Draw a LLaMA of one to three layers: grouped queries or not, tied or not, biases or not."""

@@ -369,16 +369,7 @@ STAGED: dict[str, dict[str, Any]] = {
 @llamas.float64_throughout()
 def test_stages(name: str, share: float) -> None:
     """Both sides on their own, from the first layer to the logits, with padding on ours."""
-    llama_ = own.SmallLlama(
-        llama.LlamaShape(3, heads=4, kv_heads=2, head_dim=4),
-        hidden=16,
-        width=24,
-        vocabulary=40,
-        tied=False,
-        attention_bias=True,
-        mlp_bias=True,
-        seed=7,
-    )
+    llama_ = own.grouped_llama(3, seed=7)
     model, ids = llama_.model(), own.calibration_ids(llama_, 8, 12)
     config = CompressionConfig(
         ratio=0.4,
@@ -429,16 +420,7 @@ REFINED: dict[str, dict[str, Any]] = {
 @llamas.float64_throughout()
 def test_refined(name: str) -> None:
     """Both sides on their own, from the first layer to the logits, with padding on ours."""
-    llama_ = own.SmallLlama(
-        llama.LlamaShape(2, heads=4, kv_heads=2, head_dim=4),
-        hidden=16,
-        width=24,
-        vocabulary=40,
-        tied=False,
-        attention_bias=True,
-        mlp_bias=True,
-        seed=7,
-    )
+    llama_ = own.grouped_llama(2, seed=7)
     model, ids = llama_.model(), own.calibration_ids(llama_, 8, 12)
     config = CompressionConfig(
         ratio=0.4,

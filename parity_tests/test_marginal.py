@@ -273,16 +273,7 @@ MEASURED: dict[str, dict[str, Any]] = {
 @llamas.float64_throughout()
 def test_what_is_measured_and_planned(name: str, ratio: float) -> None:
     """More samples than probes, padding on ours; grouped queries and biases."""
-    llama_ = own.SmallLlama(
-        llama.LlamaShape(2, heads=4, kv_heads=2, head_dim=4),
-        hidden=16,
-        width=24,
-        vocabulary=40,
-        tied=False,
-        attention_bias=True,
-        mlp_bias=True,
-        seed=11,
-    )
+    llama_ = own.grouped_llama(2, seed=11)
     model, ids = llama_.model(), own.calibration_ids(llama_, 20, 10)
     config = CompressionConfig(
         ratio=ratio,
