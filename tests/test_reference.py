@@ -19,6 +19,7 @@ from lorap_reference import (
     mgaa,
     pca,
     pruning,
+    regression,
     statistics,
 )
 from lorap_reference.algorithm1 import Settings, Sizes
@@ -408,6 +409,51 @@ def test_each_method_factors_by_what_it_has_to_know_of_the_input(
                     expected[f"{name}.left.bias"] = sum([*own, *(b[rows] for b in more)])
         assert new.keys() == expected.keys()
         assert all(close(new[name], expected[name]) for name in expected)
+
+
+@pytest.mark.spec("algorithm.heads", "algorithm.update")
+@pytest.mark.parametrize("bias", [True, False])
+def test_o_is_refitted_on_the_heads_that_stay(
+    bias: bool, layer: dict[str, Array], h: Array
+) -> None:
+    if not bias:
+        layer = {name: value for name, value in layer.items() if not name.endswith("bias")}
+    trace = llama.layer_forward(layer, SHAPE, h)
+    settings = Settings(0.5, mha="heads", update="least-squares")
+    new, kept, _ = algorithm1.compress_heads(layer, trace, SHAPE, (0, 1), settings)
+    assert {name for name in new if name.endswith("bias")} == {
+        f"self_attn.{m}_proj.bias" for m in "qkvo" if bias
+    }
+    columns = np.arange(12).reshape(2, 6)[kept].reshape(-1)
+    W, X = layer["self_attn.o_proj.weight"], trace.o.reshape(-1, 12)
+    refitted = regression.least_squares_update(W, X.T @ X, columns, settings.ridge)
+    assert close(new["self_attn.o_proj.weight"], refitted)
+    assert not close(refitted, W[:, columns])
+
+
+@pytest.mark.spec("obs.keep", "budget.channels")
+def test_as_many_channels_go_as_the_band_holds(layer: dict[str, Array], h: Array) -> None:
+    trace = llama.layer_forward(layer, SHAPE, h)
+    settings = Settings(0.5, selection="obs")
+    _, kept, scores = algorithm1.compress_ffn(layer, trace, (2, 7), settings)
+    X = trace.down.reshape(-1, D_M)
+    W = layer["mlp.down_proj.weight"]
+    order, _ = regression.removal_order(W, X.T @ X, 5, settings.ridge)
+    assert kept.tolist() == sorted(set(range(D_M)) - set(order.tolist()))
+    assert scores is None
+
+
+@pytest.mark.spec("algorithm.stages")
+def test_the_first_layer_has_the_input_of_the_uncompressed_model(
+    layer: dict[str, Array], h: Array
+) -> None:
+    settings = Settings(0.5, mha="pca", dense_target=0.5)
+    alone = algorithm1.compress_layer(layer, SHAPE, h, settings)
+    given = algorithm1.compress_layer(layer, SHAPE, h, settings, h_dense=h)
+    assert np.array_equal(alone.output, given.output)
+    assert not np.array_equal(
+        alone.output, algorithm1.compress_layer(layer, SHAPE, h, settings, h_dense=2 * h).output
+    )
 
 
 @pytest.mark.spec("algorithm.heads", "algorithm.scores")
