@@ -27,6 +27,7 @@ from lorap_reference import (
     marginal,
     mgaa,
     pca,
+    refinement,
     regression,
     statistics,
 )
@@ -537,6 +538,29 @@ def test_correlations_that_are_off_are_past_their_bound(data: st.DataObject) -> 
     K = regression.ridged_correlation(C, 1e-4)[1]
     bound = tolerances.ridged_correlation(K)
     refuses(lambda times: compare.close("q", K + times * bound, K, bound))
+
+
+@pytest.mark.refuses("inverse_correlation")
+@few
+@given(data=st.data(), ridge=st.sampled_from((1e-4, 1.0)))
+def test_a_preconditioner_of_correlations_that_are_off_is_past_the_bound(
+    data: st.DataObject, ridge: float
+) -> None:
+    _, C = refit_problem(data)
+    d, K = tolerances.correlation_of(C, ridge)
+    unit = np.outer(*[np.where(d > 0, d, 1.0)] * 2)
+    expected, bound = refinement.preconditioner(C, ridge), tolerances.inverse_correlation(K)
+    relative = bound / float(np.linalg.norm(expected * unit))
+    # A moment that is off by a factor gives the inverse off by its inverse.
+    refuses(
+        lambda times: compare.within(
+            "q",
+            np.linalg.norm(
+                (refinement.preconditioner(C / (1 + times * relative), ridge) - expected) * unit
+            ),
+            bound,
+        )
+    )
 
 
 @pytest.mark.refuses("least_squares_update", "regressed_weight")

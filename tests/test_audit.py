@@ -859,8 +859,10 @@ def test_other_ids_are_caught_whatever_the_method(method: str, tmp_path: Path) -
 def test_one_percent_of_a_factor_entry_is_caught_whatever_the_method(
     method: str, module: str, names: tuple[str, ...], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """But in PCA and AFM of 16 bits 5%: SPEC, "Audit", says why."""
-    percent = 5 if dtype == torch.bfloat16 and method[:3] in ("pca", "afm") else 1
+    """But in PCA and AFM of 16 bits 5%, of a large one: SPEC, "Audit", says why."""
+    percent, least = (
+        (5, 0.9) if dtype == torch.bfloat16 and method[:3] in ("pca", "afm") else (1, 0.5)
+    )
     original, output = pair_by(method, tmp_path, dtype)
     rng = np.random.default_rng(0)
     for name in names:
@@ -869,7 +871,7 @@ def test_one_percent_of_a_factor_entry_is_caught_whatever_the_method(
 
         def edit(tensor: Tensor) -> Tensor:
             # Not among the entries that are next to zero, where 1% is less than the rounding.
-            large = torch.nonzero(tensor.abs() >= tensor.abs().median())
+            large = torch.nonzero(tensor.abs() >= tensor.abs().float().quantile(least))
             row, column = large[int(rng.integers(len(large)))].tolist()
             return one_percent((row, column), percent)(tensor)
 
