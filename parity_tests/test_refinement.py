@@ -205,3 +205,41 @@ def test_a_single_matrix_is_solved_at_once(problem: own.OutputProblem, seed: int
     for side in both({"W": problem.W}, gradients, P, 2):
         first, last = side.losses[0], side.losses[-1]
         assert last <= least + 1e-4 * (first - least) + rounding
+
+
+@pytest.mark.spec("refine.direction", "refine.step")
+def test_a_descent_by_hand() -> None:
+    """Uphill directions give way, what rises is not taken, and trials follow the steps.
+
+    The loss at every trial is 0, so that each step is four trials long: 1/4, 1, 4 and 4. The second
+    and the third direction, -4 and 4.5, would lead uphill; the third step fails.
+    """
+
+    def script() -> Gradients:
+        losses, by = iter((10.0, 9.0, 8.0, 9.0, 7.0)), iter((1.0, -2.0, 3.0, 5.0, 0.0))
+        return lambda values: (next(losses), {"w": np.full_like(values["w"], next(by))})
+
+    def in_torch(
+        of: Gradients, values: Mapping[str, torch.Tensor]
+    ) -> tuple[float, dict[str, torch.Tensor]]:
+        loss, found = of({name: value.numpy() for name, value in values.items()})
+        return loss, {name: torch.from_numpy(value) for name, value in found.items()}
+
+    one, two = script(), script()
+    start = torch.zeros(1, 1, dtype=torch.float64)
+    mine = ours.conjugate_gradients(
+        {"w": start}, lambda _: 0.0, lambda values: in_torch(one, values), dict, 9
+    )
+    theirs = reference.conjugate_gradients(
+        {"w": np.zeros((1, 1))}, lambda _: 0.0, two, {"w": np.eye(1)}, 9
+    )
+    for side in (mine, theirs):
+        assert side.losses == [10.0, 9.0, 8.0, 8.0, 7.0]
+        assert side.values["w"].item() == -1 / 4 + 2 - 12
+    assert start.item() == 0
+
+
+@pytest.mark.spec("refine.direction")
+def test_inner_products_are_summed_in_float64() -> None:
+    a = {"w": torch.tensor([[1.0, 2.0**-30]], dtype=torch.float32)}
+    assert ours._inner(a, {"w": torch.ones(1, 2)}) == 1 + 2.0**-30
