@@ -1,7 +1,7 @@
 """Algorithm 1 whole: the reference on arrays against the pipeline on transformers' modules."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Literal, get_args
 
@@ -363,47 +363,89 @@ STAGED: dict[str, dict[str, Any]] = {
 }
 
 
+NUDGE = 1e-9
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What both sides make of a small model, each on its own, with padding on ours.
+
+    Attributes
+    ----------
+    llama : own.SmallLlama
+    ids : (N, L)
+        Calibration samples, without padding.
+    settings : algorithm1.Settings
+    layers, nudged : list of algorithm1.CompressedLayer
+        The reference's, of the model and of one that is off by ``NUDGE``.
+    logits, moved : (N, L, vocabulary)
+        Likewise.
+    weights : dict
+        Ours.
+    losses : list of list of float
+        Ours, of the refinement by layer.
+    """
+
+    llama: own.SmallLlama
+    ids: own.Ids
+    settings: algorithm1.Settings
+    layers: list[algorithm1.CompressedLayer]
+    nudged: list[algorithm1.CompressedLayer]
+    logits: own.Array
+    moved: own.Array
+    weights: dict[str, own.Array]
+    losses: list[list[float]]
+
+    def bound(self, there: own.Array, here: own.Array) -> float:
+        """Bound on what the nudge moves from here to there, after all layers."""
+        moved = float(np.max(np.abs(there - here)))
+        return tolerances.measured_condition(
+            moved / NUDGE, self.llama.shape.layers, self.llama.width
+        )
+
+
+def both_sides(llama_: own.SmallLlama, quantity: str, **settings: Any) -> Sides:
+    """Compress a model on both sides, and compare the logits."""
+    model, ids = llama_.model(), own.calibration_ids(llama_, 8, 12)
+    config = CompressionConfig(
+        ratio=0.4, ratio_scope="layer", dtype="float64", batch_size=3, **settings
+    )
+    weights, shape = llama_.weights(), llama_.shape
+    asked = llamas.reference_settings(config, model)
+    new, layers = algorithm1.compress(weights, shape, ids, asked)
+    with llamas.nudged(weights, NUDGE) as moved_weights:
+        other, nudged = algorithm1.compress(moved_weights, shape, ids, asked)
+    padded, mask = llamas.with_padding(ids)
+    compressed = compress(model, config, calibration=padded, attention_mask=mask)
+    found = llamas.reference_weights(compressed)
+    assert found.keys() == new.keys()
+    logits = [llama.logits(values, shape, ids) for values in (new, other)]
+    losses = [layer.losses for layer in llamas.torch_run(model, config, padded, mask).layers]
+    sides = Sides(llama_, ids, asked, layers, nudged, *logits, found, losses)
+    with torch.no_grad():
+        ours = compare.as_array(compressed(input_ids=torch.from_numpy(ids)).logits)
+    compare.close(quantity, ours, sides.logits, sides.bound(sides.moved, sides.logits))
+    return sides
+
+
 @pytest.mark.spec("algorithm.stages", "target.regression")
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", STAGED)
 @llamas.float64_throughout()
 def test_stages(name: str, share: float) -> None:
     """Both sides on their own, from the first layer to the logits, with padding on ours."""
-    llama_ = own.grouped_llama(3, seed=7)
-    model, ids = llama_.model(), own.calibration_ids(llama_, 8, 12)
-    config = CompressionConfig(
-        ratio=0.4,
-        ratio_scope="layer",
-        dtype="float64",
-        batch_size=3,
-        dense_target=share,
-        **STAGED[name],
+    sides = both_sides(
+        own.grouped_llama(3, seed=7), "stages: logits", dense_target=share, **STAGED[name]
     )
-    weights, shape = llama_.weights(), llama_.shape
-    settings = llamas.reference_settings(config, model)
-    new, layers = algorithm1.compress(weights, shape, ids, settings)
-    padded, mask = llamas.with_padding(ids)
-    compressed = compress(model, config, calibration=padded, attention_mask=mask)
-    found = llamas.reference_weights(compressed)
-    assert found.keys() == new.keys()
-    with torch.no_grad():
-        logits = compare.as_array(compressed(input_ids=torch.from_numpy(ids)).logits)
-
-    theirs = llama.logits(new, shape, ids)
-    nudge = 1e-9
-    with llamas.nudged(weights, nudge) as moved_weights:
-        other, others = algorithm1.compress(moved_weights, shape, ids, settings)
-    for one, two in zip(layers, others, strict=True):
+    for one, two in zip(sides.layers, sides.nudged, strict=True):
         assert np.array_equal(one.kept, two.kept), "the nudge must not change what is kept"
-    moved = np.max(np.abs(llama.logits(other, shape, ids) - theirs))
-    bound = tolerances.measured_condition(moved / nudge, shape.layers, llama_.width)
-    compare.close("stages: logits", logits, theirs, bound)
     if share:
-        dense = llama.logits(weights, shape, ids)
-        plain, _ = algorithm1.compress(weights, shape, ids, replace(settings, dense_target=0.0))
-        assert np.linalg.norm(llama.logits(plain, shape, ids) - theirs) > 1e-3 * np.linalg.norm(
-            dense
-        )
+        weights, shape = sides.llama.weights(), sides.llama.shape
+        dense = llama.logits(weights, shape, sides.ids)
+        none = replace(sides.settings, dense_target=0.0)
+        plain, _ = algorithm1.compress(weights, shape, sides.ids, none)
+        away = llama.logits(plain, shape, sides.ids) - sides.logits
+        assert np.linalg.norm(away) > 1e-3 * np.linalg.norm(dense)
 
 
 REFINED: dict[str, dict[str, Any]] = {
@@ -420,42 +462,16 @@ REFINED: dict[str, dict[str, Any]] = {
 @llamas.float64_throughout()
 def test_refined(name: str) -> None:
     """Both sides on their own, from the first layer to the logits, with padding on ours."""
-    llama_ = own.grouped_llama(2, seed=7)
-    model, ids = llama_.model(), own.calibration_ids(llama_, 8, 12)
-    config = CompressionConfig(
-        ratio=0.4,
-        ratio_scope="layer",
-        dtype="float64",
-        batch_size=3,
-        refine=4,
-        ridge=1e-2,
-        **REFINED[name],
+    sides = both_sides(
+        own.grouped_llama(2, seed=7), "refinement: logits", refine=4, ridge=1e-2, **REFINED[name]
     )
-    weights, shape = llama_.weights(), llama_.shape
-    settings = llamas.reference_settings(config, model)
-    new, layers = algorithm1.compress(weights, shape, ids, settings)
-    padded, mask = llamas.with_padding(ids)
-    compressed = compress(model, config, calibration=padded, attention_mask=mask)
-    found = llamas.reference_weights(compressed)
-    assert found.keys() == new.keys()
-    with torch.no_grad():
-        logits = compare.as_array(compressed(input_ids=torch.from_numpy(ids)).logits)
-
-    theirs = llama.logits(new, shape, ids)
-    nudge = 1e-9
-    with llamas.nudged(weights, nudge) as moved_weights:
-        other, others = algorithm1.compress(moved_weights, shape, ids, settings)
-    ours = llamas.torch_run(model, config, padded, mask)
-    for one, two, run in zip(layers, others, ours.layers, strict=True):
-        losses = np.array(one.losses)
-        assert len(losses) == 5
-        assert losses[-1] < losses[0]
-        moved = float(np.max(np.abs(np.array(two.losses) - losses)))
-        bound = tolerances.measured_condition(moved / nudge, shape.layers, llama_.width)
-        compare.close("refinement: losses", np.array(run.losses), [*losses, losses[-1]], bound)
-    moved = float(np.max(np.abs(llama.logits(other, shape, ids) - theirs)))
-    bound = tolerances.measured_condition(moved / nudge, shape.layers, llama_.width)
-    compare.close("refinement: logits", logits, theirs, bound)
-    for key, value in found.items():
+    for one, two, losses in zip(sides.layers, sides.nudged, sides.losses, strict=True):
+        theirs = np.array(one.losses)
+        assert len(theirs) == 5
+        assert theirs[-1] < theirs[0]
+        bound = sides.bound(np.array(two.losses), theirs)
+        compare.close("refinement: losses", np.array(losses), [*theirs, theirs[-1]], bound)
+    weights = sides.llama.weights()
+    for key, value in sides.weights.items():
         if "norm" in key:
             compare.exact("what is not refined", value, weights[key])

@@ -575,6 +575,8 @@ def compress_layer(
     SPEC: ``algorithm.sequence``, ``algorithm.stages``, ``algorithm.refine``.
     """
     sizes = layer_sizes(layer, shape, settings) if sizes is None else sizes
+    if not settings.carries_dense:
+        return compress_at_once(layer, shape, h, settings, sizes, gradients)
     dense = llama.layer_forward(layer, shape, h if h_dense is None else h_dense)
     if settings.dense_target is None:
         step = compress_at_once(layer, shape, h, settings, sizes, gradients)
@@ -586,8 +588,7 @@ def compress_layer(
     names = [
         name
         for name in step.weights
-        if name.endswith(".weight")
-        and name.startswith((*linears, *(["self_attn.qk_right"] if settings.joint_qk else [])))
+        if name.endswith(".weight") and name.startswith((*linears, llama.SHARED_RIGHT))
     ]
     descent = refined_layer(
         step.weights, names, shape, h, dense.output, settings.refine, settings.ridge

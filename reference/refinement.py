@@ -108,10 +108,11 @@ def conjugate_gradients(
         gamma = _inner(Z, G)
         if gamma == 0:
             break
-        beta = 0.0 if direction is None else max(0.0, (gamma - _inner(Z, old)) / old_gamma)
-        new = {name: -Z[name] + (beta * direction[name] if direction else 0) for name in theta}
-        slope = _inner(G, new)
-        if slope >= 0:
+        if direction is not None:
+            beta = max(0.0, (gamma - _inner(Z, old)) / old_gamma)
+            new = {name: beta * direction[name] - Z[name] for name in theta}
+            slope = _inner(G, new)
+        if direction is None or slope >= 0:
             new, slope = {name: -z for name, z in Z.items()}, -gamma
         step = step_length(J, slope, trial, loss(_moved(theta, trial, new)))
         there = _moved(theta, step, new)

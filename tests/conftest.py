@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,3 +22,14 @@ def loud_transformers() -> Iterator[None]:
     logging: Any = transformers.logging
     logging.set_verbosity_warning()
     logging.enable_progress_bar()
+
+
+@pytest.fixture
+def ids_file(tmp_path: Path) -> str:
+    """Write the token ids that many tests calibrate with, 8 rows of 16, and return the file."""
+    import numpy as np
+
+    from tests.tiny_models import token_ids
+
+    np.save(tmp_path / "ids.npy", token_ids(8, 16).numpy())
+    return str(tmp_path / "ids.npy")

@@ -30,12 +30,6 @@ def config(**settings: Any) -> CompressionConfig:
     return CompressionConfig(**(values | settings))
 
 
-@pytest.fixture
-def ids_file(tmp_path: Path) -> str:
-    np.save(tmp_path / "ids.npy", IDS.numpy())
-    return str(tmp_path / "ids.npy")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_memory_disk_and_reload_agree_bit_for_bit(

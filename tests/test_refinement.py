@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -34,12 +32,6 @@ OTHERS = {"mha": "afm", "ffn": "svd", "joint_qk": True}
 
 def config(**settings: Any) -> CompressionConfig:
     return CompressionConfig(**({"ratio": 0.3, "device": "cpu", "refine": 3} | settings))
-
-
-@pytest.fixture
-def ids_file(tmp_path: Path) -> str:
-    np.save(tmp_path / "ids.npy", IDS.numpy())
-    return str(tmp_path / "ids.npy")
 
 
 def missed(model: Any, original: Any) -> float:
@@ -159,34 +151,6 @@ def test_padding_has_no_part() -> None:
     masked = lorap.compress(model, config(), calibration=padded, attention_mask=mask).state_dict()
     for name, tensor in whole.items():
         torch.testing.assert_close(tensor, masked[name], rtol=1e-3, atol=1e-4)
-
-
-def test_a_resumed_run_ends_as_one_without_a_break(tmp_path: Path, ids_file: str) -> None:
-    save_tiny_checkpoint(tmp_path / "model")
-    settings = config(samples=8, seqlen=16)
-
-    def interrupt(done: int, _: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
-    def run(name: str, **options: Any) -> dict[str, Any]:
-        return lorap.compress_checkpoint(
-            tmp_path / "model", tmp_path / name, settings, calibration=ids_file, **options
-        )
-
-    whole = run("whole")
-    with pytest.raises(KeyboardInterrupt):
-        run("broken", progress=interrupt)
-    resumed = run("broken", resume=True)
-    assert resumed["resumed_layers"] in (1, 2)
-    assert [layer["losses"] for layer in resumed["layers"]] == [
-        layer["losses"] for layer in whole["layers"]
-    ]
-    for file in (tmp_path / "whole").glob("*.safetensors"):
-        assert file.read_bytes() == (tmp_path / "broken" / file.name).read_bytes()
-    page = (tmp_path / "whole" / "lorap_report.html").read_text(encoding="utf-8")
-    assert "refine" in page
-    assert json.loads((tmp_path / "whole" / "lorap_report.json").read_text()) == whole
 
 
 def test_a_loss_that_overflows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

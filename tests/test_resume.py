@@ -30,6 +30,8 @@ from tests.tiny_models import save_tiny_checkpoint, token_ids
 CONFIG = CompressionConfig(ratio=0.3, samples=8, seqlen=16, batch_size=4, device="cpu")
 MEASURED = replace(CONFIG, allocation="mgaa", mha="pca", ffn="svd")
 SCORED = replace(CONFIG, importance="taylor")
+STAGED = replace(CONFIG, mha="pca", selection="obs", update="least-squares", dense_target=0.5)
+REFINED = replace(CONFIG, refine=3)
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,22 @@ def test_a_resumed_run_ends_as_one_without_a_break(
     assert said["resumed_layers"] == report["resumed_layers"]
     assert all(layer["modules"] for layer in said["layers"])
     AutoModelForCausalLM.from_pretrained(case.output, dtype="auto")
+
+
+@pytest.mark.parametrize("config", [STAGED, REFINED], ids=["staged", "refined"])
+def test_the_uncompressed_model_is_carried_along_again(
+    config: CompressionConfig, case: Case
+) -> None:
+    other = replace(case, output=case.output.with_name("whole"))
+    whole = other.run(config)
+    with pytest.raises(InterruptedRun):
+        case.run(config, progress=interrupt_after(2))
+    resumed = case.run(config, resume=True)
+    assert resumed["resumed_layers"] in (1, 2)
+    assert weights(case.output) == weights(other.output)
+    losses = [[layer["losses"] for layer in report["layers"]] for report in (resumed, whole)]
+    assert losses[0] == losses[1]
+    assert json.loads((case.output / files.REPORT).read_text()) == resumed
 
 
 @pytest.mark.parametrize("config", [MEASURED, SCORED], ids=["mgaa", "taylor"])

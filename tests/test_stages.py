@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,12 +22,6 @@ BEST = {"mha": "pca", "selection": "obs", "update": "least-squares", "dense_targ
 
 def config(**settings: Any) -> CompressionConfig:
     return CompressionConfig(**({"ratio": 0.3, "device": "cpu"} | BEST | settings))
-
-
-@pytest.fixture
-def ids_file(tmp_path: Path) -> str:
-    np.save(tmp_path / "ids.npy", IDS.numpy())
-    return str(tmp_path / "ids.npy")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,27 +94,6 @@ def test_where_nothing_was_lost_before_the_target_is_the_weight() -> None:
                 torch.testing.assert_close(with_target[key], without[key], rtol=0, atol=1e-6)
     key = "model.layers.1.self_attn.v_proj.right.weight"
     assert not torch.allclose(with_target[key], without[key], rtol=0, atol=1e-4)
-
-
-def test_a_resumed_run_ends_as_one_without_a_break(tmp_path: Path, ids_file: str) -> None:
-    save_tiny_checkpoint(tmp_path / "model")
-    settings = config(samples=8, seqlen=16)
-
-    def interrupt(done: int, _: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
-    def run(name: str, **options: Any) -> dict[str, Any]:
-        return lorap.compress_checkpoint(
-            tmp_path / "model", tmp_path / name, settings, calibration=ids_file, **options
-        )
-
-    run("whole")
-    with pytest.raises(KeyboardInterrupt):
-        run("broken", progress=interrupt)
-    assert run("broken", resume=True)["resumed_layers"] in (1, 2)
-    for file in (tmp_path / "whole").glob("*.safetensors"):
-        assert file.read_bytes() == (tmp_path / "broken" / file.name).read_bytes()
 
 
 def test_a_forward_stops_where_its_input_is_known() -> None:

@@ -109,16 +109,12 @@ def conjugate_gradients(
         product = _inner(downhill, gradient)
         if product == 0:
             break
-        factor = 0.0
         if direction is not None:
             factor = max(0.0, (product - _inner(downhill, old)) / old_product)
-        if direction is None or factor == 0:
-            new = {name: -value for name, value in downhill.items()}
-        else:
             new = {name: direction[name].mul(factor).sub_(z) for name, z in downhill.items()}
-        slope = _inner(gradient, new)
-        if slope >= 0:
-            new, slope = {name: -value for name, value in downhill.items()}, -product
+            slope = _inner(gradient, new)
+        if direction is None or slope >= 0:
+            new, slope = {name: -z for name, z in downhill.items()}, -product
         step = step_length(lowest, slope, trial, loss(_moved(here, trial, new)))
         there = _moved(here, step, new)
         found, gradient_there = gradients(there)

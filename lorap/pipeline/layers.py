@@ -116,14 +116,15 @@ def compress_layers(
                 layer.inputs = collect(dense, wanted, batches, index, processes)
                 del dense
             layer.compress_(layer_plan, f"layers.{index}", processes)
+            if config.refine:
+                run_dense(decoder.build(dense_config, index, original), index, batches)
         else:
             dense = decoder.build(dense_config, index, original)
             compress_by_stages_(
                 layer, layer_plan, decoder, dense, batches, index, structure, processes
             )
+            run_dense(dense, index, batches)
             del dense
-        if config.carries_dense:
-            run_dense(decoder.build(dense_config, index, original), index, batches)
         tensors = join(family, structure[index], layer.tensors)
         losses: list[float] = []
         if config.refine:

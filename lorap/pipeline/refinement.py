@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from lorap.errors import LorapError
 from lorap.ops.precision import compute_dtype
 from lorap.ops.refinement import conjugate_gradients, preconditioner
-from lorap.ops.statistics import second_moment
 from lorap.pipeline.forward import Batch, Decoder
 from lorap.pipeline.processes import Processes, Result
-from lorap.pipeline.statistics import INPUT_OF
+from lorap.pipeline.statistics import INPUT_OF, Wanted, collect
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -64,7 +63,7 @@ def refine_layer(
     Raises
     ------
     LorapError
-        If the loss at the start is not finite.
+        If an input of a linear or the loss at the start is not finite.
 
     Notes
     -----
@@ -77,11 +76,6 @@ def refine_layer(
     names = [name for group in readers.values() for name in group]
     objective = _Objective(layer, names, batches, index, processes)
     start = {name: tensors[name].to(compute_dtype(tensors[name])) for name in names}
-    if not math.isfinite(objective.loss(start)):
-        raise LorapError(
-            f"layers.{index}: the distance of the compressed layer's outputs to the uncompressed "
-            f"one's is not finite; computed in {decoder.dtype}: a wider --dtype may help"
-        )
     inverses = _preconditioners(layer, index, readers, batches, config.ridge, processes)
 
     def preconditioned(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,6 +91,11 @@ def refine_layer(
     descent = conjugate_gradients(
         start, objective.loss, objective.gradients, preconditioned, config.refine
     )
+    if not math.isfinite(descent.losses[0]):
+        raise LorapError(
+            f"layers.{index}: the distance of the compressed layer's outputs to the uncompressed "
+            f"one's is not finite; computed in {decoder.dtype}: a wider --dtype may help"
+        )
     stored = {name: value.to(tensors[name].dtype) for name, value in descent.values.items()}
     stored = processes.share(stored)
     last = objective.loss(stored)
@@ -160,32 +159,15 @@ def _preconditioners(
     processes: Processes,
 ) -> dict[str, Tensor]:
     """Return the preconditioner of each weight; one for all that have an input in common."""
-    sums: dict[str, Tensor] = {}
-    mask: Tensor | None = None
-    handles = []
-
-    def listener(key: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            moment = second_moment(inputs[0], mask)
-            sums[key] = sums[key] + moment if key in sums else moment
-
-        return hook
-
-    for key, names in readers.items():
-        module = layer.get_submodule(names[0].removesuffix(".weight"))
-        handles.append(module.register_forward_pre_hook(listener(key)))
-    with torch.no_grad():
-        for batch in batches:
-            mask = batch.mask
-            batch.run(layer, index)
-    for handle in handles:
-        handle.remove()
-    for key in readers:
-        processes.sum_(sums[key])
+    wanted = {
+        key: Wanted(names[0].removesuffix(".weight"), frozenset({"moment"}))
+        for key, names in readers.items()
+    }
+    inputs = collect(layer, wanted, batches, index, processes)
     inverses = processes.each(
         list(readers),
-        lambda key: len(sums[key]) ** 3,
-        lambda key: ({"": preconditioner(sums.pop(key), ridge)}, None),
+        lambda key: len(inputs[key].sums["moment"]) ** 3,
+        lambda key: ({"": preconditioner(inputs.pop(key).sums["moment"], ridge)}, None),
     )
     return {name: found[""] for key, (found, _) in inverses for name in readers[key]}
 

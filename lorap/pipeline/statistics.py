@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from lorap.ops.statistics import (
 )
 from lorap.pipeline.forward import Batch
 from lorap.pipeline.processes import ALONE, Processes
+
+K = TypeVar("K", bound=str)
+"""Name of an input: an ``Input``, or another where more than those of the dense linears count."""
 
 Statistic = Literal["squares", "magnitudes", "sum", "moment"]
 """Sums over the tokens, of an input's squared features, of their magnitudes, of the features
@@ -93,7 +96,7 @@ class Wanted:
     statistics: frozenset[Statistic]
 
 
-class Collector:
+class Collector(Generic[K]):
     """Takes statistics of a layer's inputs while it runs, as a context manager.
 
     Parameters
@@ -107,12 +110,12 @@ class Collector:
     SPEC: ``stats.sum-of-squares``, ``stats.padding``.
     """
 
-    def __init__(self, layer: nn.Module, wanted: Mapping[Input, Wanted]) -> None:
+    def __init__(self, layer: nn.Module, wanted: Mapping[K, Wanted]) -> None:
         self._layer = layer
         self._wanted = wanted
         self._tokens = 0
         self._mask: Tensor | None = None
-        self._sums: dict[Input, dict[Statistic, Tensor]] = {kind: {} for kind in wanted}
+        self._sums: dict[K, dict[Statistic, Tensor]] = {kind: {} for kind in wanted}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -130,14 +133,14 @@ class Collector:
         self._mask = batch.mask
         self._tokens += batch.tokens
 
-    def _listener(self, kind: Input) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def _listener(self, kind: K) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             wanted = self._wanted[kind].statistics
             add_to_(self._sums[kind], wanted, inputs[0].detach(), self._mask)
 
         return hook
 
-    def statistics(self, index: int, processes: Processes = ALONE) -> dict[Input, InputStatistics]:
+    def statistics(self, index: int, processes: Processes = ALONE) -> dict[K, InputStatistics]:
         """Return what was taken, in all processes together.
 
         Parameters
@@ -161,11 +164,11 @@ class Collector:
 
 def collect(
     layer: nn.Module,
-    wanted: Mapping[Input, Wanted],
+    wanted: Mapping[K, Wanted],
     batches: Sequence[Batch],
     index: int,
     processes: Processes = ALONE,
-) -> dict[Input, InputStatistics]:
+) -> dict[K, InputStatistics]:
     """Run a layer over the batches, which stay where they are, and take statistics.
 
     Parameters
