@@ -354,7 +354,8 @@ def test_the_embedded_model_whole(
 STAGED: dict[str, dict[str, Any]] = {
     "best": {"mha": "pca", "selection": "obs", "update": "least-squares"},
     "plain": {},
-    "heads": {"mha": "heads", "update": "least-squares", "aggregation": "l1"},
+    "heads": {"ratio": 0.5, "mha": "heads", "update": "least-squares", "aggregation": "l1"},
+    "heads alone": {"ratio": 0.5, "sublayers": ("mha",), "mha": "heads", "importance": "taylor"},
     "joint": {"mha": "asvd", "ffn": "pca", "joint_qk": True},
     "afm": {"mha": "afm", "ffn": "afm"},
     "taylor": {"importance": "taylor", "mha": "svd"},
@@ -408,7 +409,7 @@ def both_sides(llama_: own.SmallLlama, quantity: str, **settings: Any) -> Sides:
     """Compress a model on both sides, and compare the logits."""
     model, ids = llama_.model(), own.calibration_ids(llama_, 8, 12)
     config = CompressionConfig(
-        ratio=0.4, ratio_scope="layer", dtype="float64", batch_size=3, **settings
+        **{"ratio": 0.4, "ratio_scope": "layer", "dtype": "float64", "batch_size": 3} | settings
     )
     weights, shape = llama_.weights(), llama_.shape
     asked = llamas.reference_settings(config, model)
@@ -439,6 +440,8 @@ def test_stages(name: str, share: float) -> None:
     )
     for one, two in zip(sides.layers, sides.nudged, strict=True):
         assert np.array_equal(one.kept, two.kept), "the nudge must not change what is kept"
+        assert np.array_equal(one.kept_heads, two.kept_heads)
+        assert (one.kept_heads is not None and one.kept_heads.size == 1) == ("heads" in name)
     if share:
         weights, shape = sides.llama.weights(), sides.llama.shape
         dense = llama.logits(weights, shape, sides.ids)
@@ -450,7 +453,7 @@ def test_stages(name: str, share: float) -> None:
 
 REFINED: dict[str, dict[str, Any]] = {
     "the paper's": {},
-    "heads": {"mha": "heads", "update": "least-squares"},
+    "heads": {"ratio": 0.5, "mha": "heads", "update": "least-squares"},
     "joint afm": {"mha": "afm", "ffn": "afm", "joint_qk": True},
     "ffn alone": {"sublayers": ("ffn",), "dense_target": 0.0},
     "best": STAGED["best"] | {"dense_target": 0.5},

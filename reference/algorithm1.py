@@ -685,22 +685,20 @@ def compress_by_stages(
                 new = factor_matrices(targets, trace, sublayer, sizes, settings, stage)
             elif sublayer == "mha" and stage == "o":
                 assert sizes.heads is not None
-                given = replace(trace, attention=seen["attention"])
                 new, kept_heads, head_scores = compress_heads(
-                    targets, given, shape, sizes.heads, settings, gradients, layer
+                    targets, trace, shape, sizes.heads, settings, gradients, layer
                 )
             elif sublayer == "ffn" and stage == "down":
                 assert sizes.channels is not None
-                given = replace(trace, ffn=seen["ffn"])
                 new, kept, scores = compress_ffn(
-                    targets, given, sizes.channels, settings, gradients, layer
+                    targets, trace, sizes.channels, settings, gradients, layer
                 )
             done = tuple(names[m] for m in names if any(k.startswith(f"{names[m]}.") for k in new))
             current = {k: v for k, v in current.items() if not k.startswith(done)} | new
     output = llama.layer_forward(current, shape, h)
-    given = replace(output, **seen)
+    trace = replace(output, **seen)
     return CompressedLayer(
-        current, sizes.ranks, kept, kept_heads, scores, head_scores, given, output.output
+        current, sizes.ranks, kept, kept_heads, scores, head_scores, trace, output.output
     )
 
 
@@ -948,20 +946,21 @@ def as_multiples(
         if settings.low_rank(sublayer) is None:
             continue
         for m, W in matrices(layer, sublayer, settings).items():
-            factored = [size for size in new if size.ranks[m] is not None]
-            r = [size.ranks[m] or 0 for size in factored]
-            rounded = budget.rounded_sizes(r, sum(W.shape), W.size, settings.multiple)
-            for size, r_l in zip(factored, rounded, strict=True):
-                size.ranks[m] = r_l
+            r = {i: size.ranks[m] for i, size in enumerate(new)}
+            factored = {i: r_l for i, r_l in r.items() if r_l is not None}
+            rounded = budget.rounded_sizes(
+                list(factored.values()), sum(W.shape), W.size, settings.multiple
+            )
+            for i, r_l in zip(factored, rounded, strict=True):
+                new[i].ranks[m] = r_l
     bands = {i: size.channels for i, size in enumerate(new) if size.channels is not None}
     d_m = layer[f"{FFN['up']}.weight"].shape[0]
     kept = {i: d_m - (high - low) for i, (low, high) in bands.items() if high > low}
-    if kept:
-        u = compressible(layer, "ffn", settings) // d_m
-        rounded = budget.rounded_sizes(list(kept.values()), u, d_m * u, settings.multiple)
-        for i, k in zip(kept, rounded, strict=True):
-            channels = band_of_width(d_m, d_m if k is None else k, settings)
-            new[i] = replace(new[i], channels=channels)
+    # All channels hold as much.
+    rounded = budget.rounded_sizes(list(kept.values()), 1, d_m, settings.multiple)
+    for i, k in zip(kept, rounded, strict=True):
+        channels = band_of_width(d_m, d_m if k is None else k, settings)
+        new[i] = replace(new[i], channels=channels)
     return new
 
 
