@@ -66,6 +66,7 @@ def test_sums_do_not_depend_on_the_workspace(name: str, X: own.Array, chunk: int
     pair = own.pair(X)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours, "_CHUNK_ELEMENTS", chunk)
+        patch.setattr(ours, "_CACHED_ELEMENTS", chunk)
         total = getattr(ours, name)(pair.tensor)
     compare.close(
         f"{name} (in chunks)",

@@ -19,7 +19,7 @@ from lorap import CompressionConfig, LorapError, UsageError
 from lorap.config import Override
 from lorap.ops.statistics import sum_of_squares
 from lorap.pipeline import in_memory, inspection, on_disk
-from lorap.pipeline.statistics import TAKEN
+from lorap.pipeline.statistics import TAKEN, collect
 from tests.tiny_models import VARIANTS, save_tiny_checkpoint, tiny_model, token_ids
 
 IDS = token_ids(8, 16)
@@ -281,6 +281,40 @@ def test_nothing_is_collected_that_the_plan_does_not_need(
     monkeypatch.setitem(TAKEN, "squares", counting)
     lorap.compress(tiny_model(), config(batch_size=4, **settings), calibration=IDS)
     assert len(calls) == 3 * 2 * per_layer
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # Down's own product is not needed.
+        ({"ratio": 0.5}, ["q", "k", "v", "o", "gate", "up"]),
+        ({"ratio": 0.5, "sublayers": ("mha",)}, ["q", "k", "v"]),
+        # v and o stay dense.
+        ({"ratio": 0.1, "sublayers": ("mha",)}, []),
+    ],
+)
+def test_a_forward_for_statistics_ends_with_the_last_of_them(
+    settings: dict[str, Any], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def watched(layer: torch.nn.Module, *arguments: Any) -> Any:
+        names = {module: name for name, module in layer.named_modules()}
+        forward = torch.nn.Linear.forward
+
+        def noting(linear: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+            ran.append(names[linear].rpartition(".")[2].removesuffix("_proj"))
+            return forward(linear, inputs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.Linear, "forward", noting)
+            return collect(layer, *arguments)
+
+    monkeypatch.setattr("lorap.pipeline.layers.collect", watched)
+    whole = config(batch_size=4, ratio_scope="layer", **settings)
+    lorap.compress(tiny_model(), whole, calibration=IDS)
+    assert len(ran) == 3 * 2 * len(expected)
+    assert ran[: len(expected)] == expected
 
 
 def test_a_skipped_layer_is_run_but_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:

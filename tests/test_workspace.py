@@ -14,7 +14,13 @@ from torch.utils._pytree import tree_leaves
 from lorap.ops import lowrank
 from lorap.ops.marginal import divergence_sum
 from lorap.ops.mgaa import cosine_sum
-from lorap.ops.statistics import cross_moment, sum_of_squares
+from lorap.ops.statistics import (
+    cross_moment,
+    second_moment,
+    sum_of_magnitudes,
+    sum_of_squares,
+    token_sum,
+)
 
 
 class Allocations(TorchDispatchMode):
@@ -39,13 +45,27 @@ def allocations(function: Callable[..., object], *arguments: object) -> list[tup
 
 
 @pytest.mark.spec("precision.statistics")
-def test_inputs_are_widened_32_mib_at_a_time() -> None:
-    """And no less, so that the work is not done in crumbs."""
-    chunk = 32 * 2**20 // 8
-    inputs = torch.ones(5 * chunk // 2 // 128, 128, dtype=torch.float16)
-    made = allocations(sum_of_squares, inputs)
+@pytest.mark.parametrize(
+    ("function", "device", "mib"),
+    [
+        (second_moment, "cpu", 32),
+        (lambda x: cross_moment(x, x)[:1], "cpu", 32),
+        (sum_of_squares, "cpu", 2),
+        (sum_of_magnitudes, "cpu", 2),
+        (token_sum, "cpu", 2),
+        (sum_of_squares, "meta", 32),
+    ],
+)
+def test_inputs_are_widened_some_mib_at_a_time(
+    function: Callable[[Tensor], Tensor], device: str, mib: int
+) -> None:
+    """And no less, so that the work is not done in crumbs; meta stands for a GPU."""
+    chunk = mib * 2**20 // 8
+    inputs = torch.ones(5 * chunk // 2 // 128, 128, dtype=torch.float16, device=device)
+    made = allocations(function, inputs)
     widened = [size for name, size in made if name == "_to_copy"]
-    assert widened == [chunk, chunk, chunk // 2]
+    each = 2 if len(widened) == 6 else 1
+    assert widened == [chunk] * 2 * each + [chunk // 2] * each
 
 
 @pytest.mark.spec("precision.statistics")
@@ -53,7 +73,7 @@ def test_inputs_are_widened_32_mib_at_a_time() -> None:
 def test_few_features_are_widened_as_many_tokens_at_a_time(
     features: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorap.ops.statistics._CHUNK_ELEMENTS", 2)
+    monkeypatch.setattr("lorap.ops.statistics._CACHED_ELEMENTS", 2)
     inputs = torch.ones(5, features, dtype=torch.float32)
     widened = [size for name, size in allocations(sum_of_squares, inputs) if name == "_to_copy"]
     assert widened == {0: [0, 0, 0], 1: [2, 2, 1], 3: [3] * 5}[features]
@@ -61,7 +81,7 @@ def test_few_features_are_widened_as_many_tokens_at_a_time(
 
 @pytest.mark.spec("precision.statistics")
 def test_samples_are_widened_by_features_and_not_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorap.ops.statistics._CHUNK_ELEMENTS", 6)
+    monkeypatch.setattr("lorap.ops.statistics._CACHED_ELEMENTS", 6)
     inputs = torch.ones(2, 6, 3, dtype=torch.float32)
     widened = [size for name, size in allocations(sum_of_squares, inputs) if name == "_to_copy"]
     assert widened == [6] * 6

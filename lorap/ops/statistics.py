@@ -11,6 +11,9 @@ from torch import Tensor
 _CHUNK_ELEMENTS = 1 << 22
 """Elements widened to float64 at a time (32 MiB): the workspace does not grow with the tokens."""
 
+_CACHED_ELEMENTS = 1 << 18
+"""The same for a sum over tokens on a CPU (2 MiB): still in its cache when they are added up."""
+
 
 def sum_of_squares(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     """Sum over tokens of the squared input features.
@@ -33,7 +36,7 @@ def sum_of_squares(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     SPEC: ``stats.sum-of-squares``, ``stats.padding``, ``precision.statistics``.
     """
     total = torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
-    for chunk in _chunks(inputs, mask):
+    for chunk in _chunks(inputs, mask, _sum_step(inputs)):
         total += chunk.square().sum(dim=0)
     return total
 
@@ -76,7 +79,7 @@ def sum_of_magnitudes(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     SPEC: ``stats.magnitudes``, ``stats.padding``, ``precision.statistics``.
     """
     total = torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
-    for chunk in _chunks(inputs, mask):
+    for chunk in _chunks(inputs, mask, _sum_step(inputs)):
         total += chunk.abs().sum(dim=0)
     return total
 
@@ -100,7 +103,7 @@ def token_sum(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     SPEC: ``stats.sum``, ``stats.padding``, ``precision.statistics``.
     """
     total = torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
-    for chunk in _chunks(inputs, mask):
+    for chunk in _chunks(inputs, mask, _sum_step(inputs)):
         total += chunk.sum(dim=0)
     return total
 
@@ -125,7 +128,7 @@ def second_moment(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     features = inputs.shape[-1]
     total = torch.zeros(features, features, dtype=torch.float64, device=inputs.device)
-    for chunk in _chunks(inputs, mask):
+    for chunk in _chunks(inputs, mask, _step(inputs, _CHUNK_ELEMENTS)):
         total.addmm_(chunk.T, chunk)
     return total
 
@@ -153,7 +156,7 @@ def cross_moment(inputs: Tensor, others: Tensor, mask: Tensor | None = None) -> 
     total = torch.zeros(
         inputs.shape[-1], others.shape[-1], dtype=torch.float64, device=inputs.device
     )
-    step = min(_step(inputs), _step(others))
+    step = min(_step(x, _CHUNK_ELEMENTS) for x in (inputs, others))
     pairs = zip(_chunks(inputs, mask, step), _chunks(others, mask, step), strict=True)
     for chunk, other in pairs:
         total.addmm_(chunk.T, other)
@@ -206,17 +209,21 @@ def centred_moment(moment: Tensor, total: Tensor, tokens: int) -> Tensor:
     return moment - tokens * torch.outer(mean, mean)
 
 
-def _step(inputs: Tensor) -> int:
+def _step(inputs: Tensor, elements: int) -> int:
     """Tokens that are widened at a time."""
-    return max(1, _CHUNK_ELEMENTS // max(1, inputs.shape[-1]))
+    return max(1, elements // max(1, inputs.shape[-1]))
 
 
-def _chunks(inputs: Tensor, mask: Tensor | None, step: int | None = None) -> Iterator[Tensor]:
-    """Yield the tokens that count, ``(some, d_in)`` at a time, widened to float64."""
+def _sum_step(inputs: Tensor) -> int:
+    """Tokens that are widened at a time where each is read once."""
+    return _step(inputs, _CACHED_ELEMENTS if inputs.device.type == "cpu" else _CHUNK_ELEMENTS)
+
+
+def _chunks(inputs: Tensor, mask: Tensor | None, step: int) -> Iterator[Tensor]:
+    """Yield the tokens that count, ``(step, d_in)`` at a time, widened to float64."""
     features = inputs.shape[-1]
     tokens = inputs.reshape(inputs.shape[:-1].numel(), features)
     if mask is not None:
         tokens = tokens[mask.reshape(-1).bool()]
-    step = step or _step(inputs)
     for start in range(0, tokens.shape[0], step):
         yield tokens[start : start + step].to(torch.float64)

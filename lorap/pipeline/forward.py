@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,10 @@ def probe_streams(config: CompressionConfig, layers: int) -> int:
     attention = 4 - config.joint_qk if "mha" in config.sublayers else 0
     ffn = (1 if config.ffn == "channels" else 3) if "ffn" in config.sublayers else 0
     return layers * (attention + ffn)
+
+
+class EnoughError(Exception):
+    """Raised by a hook of a module where nothing behind it is wanted of the forward."""
 
 
 class Batch:
@@ -88,6 +93,17 @@ class Batch:
         given = self.kept.load() if hidden is None else hidden
         output: Tensor | tuple[Tensor, ...] = layer(given, **self._calls[index])
         return output[0] if isinstance(output, tuple) else output
+
+    def run_until(self, layer: nn.Module, index: int, hidden: Tensor | None = None) -> None:
+        """Run decoder layer `index` for its hooks alone, until one raises :class:`EnoughError`.
+
+        Parameters
+        ----------
+        layer, index, hidden
+            As for ``run``.
+        """
+        with suppress(EnoughError):
+            self.run(layer, index, hidden)
 
     def advance(self, output: Tensor, index: int) -> None:
         """Take the output of decoder layer `index` for the input of the next one.

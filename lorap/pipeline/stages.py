@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorap.families.fused import join
 from lorap.ops.regression import regressed_weight
 from lorap.ops.statistics import cross_moment
-from lorap.pipeline.forward import Batch, Decoder
+from lorap.pipeline.forward import Batch, Decoder, EnoughError
 from lorap.pipeline.processes import Processes, Result
 from lorap.pipeline.statistics import (
     INPUT_OF,
@@ -168,10 +168,6 @@ def _collect(
     return InputStatistics(int(tokens), sums), cross
 
 
-class _ReachedError(Exception):
-    """The module that was waited for has been called."""
-
-
 def input_of(layer: nn.Module, name: str, batch: Batch, index: int, hidden: Tensor) -> Tensor:
     """Run a layer up to one of its modules, and return what that is given.
 
@@ -190,13 +186,11 @@ def input_of(layer: nn.Module, name: str, batch: Batch, index: int, hidden: Tens
 
     def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0])
-        raise _ReachedError
+        raise EnoughError
 
     handle = layer.get_submodule(name).register_forward_pre_hook(stop)
     try:
-        batch.run(layer, index, hidden)
-    except _ReachedError:
-        pass
+        batch.run_until(layer, index, hidden)
     finally:
         handle.remove()
     return seen[0]

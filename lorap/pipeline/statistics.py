@@ -18,7 +18,7 @@ from lorap.ops.statistics import (
     sum_of_squares,
     token_sum,
 )
-from lorap.pipeline.forward import Batch
+from lorap.pipeline.forward import Batch, EnoughError
 from lorap.pipeline.processes import ALONE, Processes
 
 K = TypeVar("K", bound=str)
@@ -104,15 +104,22 @@ class Collector(Generic[K]):
     layer : Module
         A decoder layer.
     wanted : mapping
+    alone : bool
+        Nothing else is wanted of the forwards: end each, by :class:`EnoughError`, once it has given
+        the last of the inputs.
 
     Notes
     -----
     SPEC: ``stats.sum-of-squares``, ``stats.padding``.
     """
 
-    def __init__(self, layer: nn.Module, wanted: Mapping[K, Wanted]) -> None:
+    def __init__(
+        self, layer: nn.Module, wanted: Mapping[K, Wanted], *, alone: bool = False
+    ) -> None:
         self._layer = layer
         self._wanted = wanted
+        self._alone = alone
+        self._missing: set[K] = set()
         self._tokens = 0
         self._mask: Tensor | None = None
         self._sums: dict[K, dict[Statistic, Tensor]] = {kind: {} for kind in wanted}
@@ -131,12 +138,16 @@ class Collector(Generic[K]):
     def expect(self, batch: Batch) -> None:
         """Say which batch the layer is run on next."""
         self._mask = batch.mask
+        self._missing = set(self._wanted)
         self._tokens += batch.tokens
 
     def _listener(self, kind: K) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             wanted = self._wanted[kind].statistics
             add_to_(self._sums[kind], wanted, inputs[0].detach(), self._mask)
+            self._missing.discard(kind)
+            if self._alone and not self._missing:
+                raise EnoughError
 
         return hook
 
@@ -169,7 +180,7 @@ def collect(
     index: int,
     processes: Processes = ALONE,
 ) -> dict[K, InputStatistics]:
-    """Run a layer over the batches, which stay where they are, and take statistics.
+    """Run a layer over the batches, which stay where they are, as far as statistics are taken.
 
     Parameters
     ----------
@@ -186,10 +197,10 @@ def collect(
     LorapError
         If an input is not finite.
     """
-    with torch.no_grad(), Collector(layer, wanted) as collector:
+    with torch.no_grad(), Collector(layer, wanted, alone=True) as collector:
         for batch in batches:
             collector.expect(batch)
-            batch.run(layer, index)
+            batch.run_until(layer, index)
     return collector.statistics(index, processes)
 
 
