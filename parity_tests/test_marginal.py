@@ -319,3 +319,43 @@ def test_what_is_measured_and_planned(name: str, ratio: float) -> None:
         run.plan.parameters
         <= llamas.torch_run(model, config.without_measurements(), ids).plan.parameters
     )
+
+
+@pytest.mark.spec("marginal.plan", "afm.bias")
+@pytest.mark.parametrize("joint_qk", [False, True])
+@llamas.float64_throughout()
+def test_the_budget_counts_the_biases_that_even_ratios_add(joint_qk: bool) -> None:
+    """At 0.05 some of the even ranks hold more than the matrix, with AFM's bias."""
+    shape = llama.LlamaShape(1, heads=4, kv_heads=2, head_dim=2)
+    llama_ = own.SmallLlama(
+        shape,
+        hidden=8,
+        width=16,
+        vocabulary=40,
+        tied=False,
+        attention_bias=False,
+        mlp_bias=False,
+        seed=7,
+    )
+    model, ids = llama_.model(), own.calibration_ids(llama_, 4, 6)
+    config = CompressionConfig(
+        ratio=0.05,
+        ratio_scope="layer",
+        dtype="float64",
+        allocation="marginal",
+        mha="afm",
+        ffn="afm",
+        joint_qk=joint_qk,
+    )
+    weights, settings = llama_.weights(), llamas.reference_settings(config, model)
+    layer = llama.layer_weights(weights, 0)
+    even = algorithm1.layer_sizes(layer, shape, settings)
+    assert any(
+        r * sum(W.shape) + W.shape[0] > W.size
+        for sublayer in settings.sublayers
+        for m, W in algorithm1.matrices(layer, sublayer, settings).items()
+        if (r := even.ranks[m]) is not None
+    )
+    run = llamas.torch_run(model, config, ids)
+    sizes = algorithm1.allocate(weights, shape, settings, steps.our_measurements(run))
+    steps.check_plan(run, sizes, "marginal: ")

@@ -745,17 +745,14 @@ def measure(
     SPEC: ``mgaa.measure``, ``marginal.measure``.
     """
     h = llama.embed(weights, ids)
-    similarities: list[dict[Sublayer, float]] = []
-    spectra: list[dict[str, Array]] = []
-    losses: list[Array] = []
-    divergences: list[dict[str, float]] = []
+    measured = Measurements([], [])
     for index in range(shape.layers):
         layer = llama.layer_weights(weights, index)
         trace = llama.layer_forward(layer, shape, h)
         before, between, after = (
             x.reshape(-1, h.shape[-1]) for x in (h, trace.middle, trace.output)
         )
-        similarities.append(
+        measured.similarities.append(
             {
                 "mha": mgaa.cosine_sum(before, between) / before.shape[0],
                 "ffn": mgaa.cosine_sum(between, after) / before.shape[0],
@@ -767,14 +764,17 @@ def measure(
             if method is not None and (settings.within or settings.marginal):
                 for m, W in matrices(layer, sublayer, settings).items():
                     found[m] = factor(W, input_of(m, trace), 0, method, settings).S
-        spectra.append(found)
+        measured.spectra.append(found)
         if settings.marginal and settings.ffn == "channels":
             W, C = layer[f"{FFN['down']}.weight"], statistics.second_moment(input_of("down", trace))
-            losses.append(removal_order(W, C, W.shape[1] - 1, settings.ridge)[1])
+            measured.losses.append(removal_order(W, C, W.shape[1] - 1, settings.ridge)[1])
         if settings.marginal:
-            divergences.append(probe(weights, shape, ids[:PROBES], index, trace, settings))
+            curves = curves_of(layer, index, measured, settings)
+            measured.divergences.append(
+                probe(weights, shape, ids[:PROBES], index, trace, curves, settings)
+            )
         h = trace.output
-    return Measurements(similarities, spectra, losses, divergences)
+    return measured
 
 
 def probe(
@@ -783,6 +783,7 @@ def probe(
     ids: NDArray[np.int64],
     index: int,
     trace: llama.LayerTrace,
+    curves: Mapping[str, marginal.Curve],
     settings: Settings,
 ) -> dict[str, float]:
     """How much the model minds when one matrix of a layer, or its FFN, alone is made small.
@@ -797,6 +798,8 @@ def probe(
         Of the layer.
     trace : llama.LayerTrace
         Its forward over all calibration samples.
+    curves : mapping
+        Of the layer, as ``curves_of`` returns them.
 
     Returns
     -------
@@ -810,13 +813,13 @@ def probe(
     layer = llama.layer_weights(weights, index)
     Z = llama.logits(weights, shape, ids)
     found: dict[str, float] = {}
-    for m, curve in sizes_of(layer, settings).items():
-        if len(curve) == 1:
+    for m, (held, _) in curves.items():
+        if len(held) == 1:
             continue
-        at = marginal.middle(len(curve))
+        at = marginal.middle(len(held))
         sublayer: Sublayer = "ffn" if m == "ffn" or m in FFN else "mha"
         if m == "ffn":
-            new, _, _ = compress_ffn(layer, trace, (0, len(curve) - 1 - at), settings)
+            new, _, _ = compress_ffn(layer, trace, (0, len(held) - 1 - at), settings)
         else:
             others = dict.fromkeys(matrices(layer, sublayer, settings))
             sizes = Sizes({**others, m: at + 1})
@@ -835,35 +838,101 @@ def probe(
     return found
 
 
-def sizes_of(layer: Mapping[str, Array], settings: Settings) -> dict[str, list[int]]:
-    """Parameters of all sizes of a layer's matrices, and of its FFN where that loses channels.
+def curves_of(
+    layer: Mapping[str, Array], index: int, measured: Measurements, settings: Settings
+) -> dict[str, marginal.Curve]:
+    """Curves of a layer's matrices, and of its FFN where that loses channels.
+
+    Parameters
+    ----------
+    layer : mapping
+        Weights of the layer, names relative to it.
+    index : int
+        Of the layer.
+    measured : Measurements
+    settings : Settings
+
+    Returns
+    -------
+    dict
+        By matrix, or ``ffn``.
+
+    Notes
+    -----
+    SPEC: ``marginal.curve``.
+    """
+    curves: dict[str, marginal.Curve] = {}
+    for sublayer in settings.sublayers:
+        if settings.low_rank(sublayer) is None:
+            u = per_channel(layer, settings)
+            curves["ffn"] = marginal.channel_curve(measured.losses[index], u)
+            continue
+        for m, W in matrices(layer, sublayer, settings).items():
+            bias = new_bias(layer, sublayer, m, settings)
+            S = measured.spectra[index][m]
+            curves[m] = marginal.rank_curve(S, (W.shape[0], W.shape[1]), bias)
+    return curves
+
+
+def new_bias(layer: Mapping[str, Array], sublayer: Sublayer, m: str, settings: Settings) -> int:
+    """Parameters of the bias that a matrix has once it is factored, and has not yet: AFM's.
+
+    Parameters
+    ----------
+    layer : mapping
+        Weights of the layer, names relative to it.
+    sublayer : {"mha", "ffn"}
+    m : str
+    settings : Settings
+    """
+    if settings.low_rank(sublayer) != "afm":
+        return 0
+    names = [(MHA | FFN)[part] for part in (m if m == "qk" else [m])]
+    return sum(layer[f"{n}.weight"].shape[0] for n in names if f"{n}.bias" not in layer)
+
+
+def per_channel(layer: Mapping[str, Array], settings: Settings) -> int:
+    """Parameters of a channel of the FFN: a row of gate and of up, their biases, a column of down.
 
     Parameters
     ----------
     layer : mapping
         Weights of the layer, names relative to it.
     settings : Settings
-
-    Returns
-    -------
-    dict
-        By matrix, or ``ffn``; the parameters as on their curves.
     """
-    sizes: dict[str, list[int]] = {}
+    d_m: int = layer[f"{FFN['up']}.weight"].shape[0]
+    return compressible(layer, "ffn", settings) // d_m
+
+
+def parameters_of(layer: Mapping[str, Array], sizes: Sizes, settings: Settings) -> int:
+    """Parameters of a layer's matrices, and of its FFN's channels, at the sizes given.
+
+    Parameters
+    ----------
+    layer : mapping
+        Weights of the layer, names relative to it.
+    sizes : Sizes
+    settings : Settings
+
+    Notes
+    -----
+    SPEC: ``marginal.plan``. More than those of the matrix itself, where AFM's bias makes it so.
+    """
+    held = 0
     for sublayer in settings.sublayers:
-        method = settings.low_rank(sublayer)
-        if method is None:
-            W = layer[f"{FFN['down']}.weight"]
-            of_channel = compressible(layer, sublayer, settings) // W.shape[1]
-            sizes["ffn"] = marginal.channel_curve(np.zeros(W.shape[1] - 1), of_channel)[0]
+        if settings.low_rank(sublayer) is None:
+            assert sizes.channels is not None
+            low, high = sizes.channels
+            held += compressible(layer, sublayer, settings)
+            held -= (high - low) * per_channel(layer, settings)
             continue
         for m, W in matrices(layer, sublayer, settings).items():
-            own = [layer.get(f"{(MHA | FFN)[part]}.bias") for part in (m if m == "qk" else [m])]
-            new_bias = W.shape[0] - sum(b.size for b in own if b is not None)
-            bias = new_bias if method == "afm" else 0
-            S = np.zeros(min(W.shape))
-            sizes[m] = marginal.rank_curve(S, (W.shape[0], W.shape[1]), bias)[0]
-    return sizes
+            r = sizes.ranks[m]
+            if r is None:
+                held += W.size
+            else:
+                held += r * sum(W.shape) + new_bias(layer, sublayer, m, settings)
+    return held
 
 
 def allocate(
@@ -997,43 +1066,34 @@ def marginal_allocation(
     -----
     SPEC: ``marginal.plan``.
     """
+    layers = [llama.layer_weights(weights, index) for index in range(shape.layers)]
+    of_layers = [curves_of(layer, i, measured, settings) for i, layer in enumerate(layers)]
     curves: dict[str, marginal.Curve] = {}
     sensitivities: dict[str, float] = {}
     floors: dict[str, int] = {}
-    budget_left = 0
-    for index in range(shape.layers):
-        layer = llama.layer_weights(weights, index)
-        even = layer_sizes(layer, shape, settings)
-        for m, held in sizes_of(layer, settings).items():
+    for index, of_layer in enumerate(of_layers):
+        for m, (held, errors) in of_layer.items():
             name = f"{index}.{m}"
-            if m == "ffn":
-                assert even.channels is not None
-                low, high = even.channels
-                at = len(held) - 1 - (high - low)
-                errors = marginal.channel_curve(measured.losses[index], 1)[1]
-            else:
-                r, S = even.ranks[m], measured.spectra[index][m]
-                at = len(held) - 1 if r is None else r - 1
-                W = matrices(layer, "ffn" if m in FFN else "mha", settings)[m]
-                bias = held[0] - sum(W.shape) if len(held) > 1 else 0
-                errors = marginal.rank_curve(S, (W.shape[0], W.shape[1]), bias)[1]
             curves[name] = (held, errors)
-            error = errors[marginal.middle(len(held))]
             divergence = measured.divergences[index].get(m, 0.0)
+            error = errors[marginal.middle(len(held))]
             sensitivities[name] = marginal.sensitivity(divergence, error)
             floors[name] = int(settings.mgaa_floor * ((1 - settings.layer_ratio) * held[-1]))
-            budget_left += held[at]
-    places = marginal.marginal_sizes(curves, sensitivities, budget_left, floors)
+    even = sum(
+        parameters_of(layer, layer_sizes(layer, shape, settings), settings) for layer in layers
+    )
+    places = marginal.marginal_sizes(curves, sensitivities, even, floors)
     sizes = []
-    for index in range(shape.layers):
+    for index, of_layer in enumerate(of_layers):
         ranks: dict[str, int | None] = {}
         channels = None
-        for m, held in sizes_of(llama.layer_weights(weights, index), settings).items():
+        for m, curve in of_layer.items():
             at = places[f"{index}.{m}"]
+            last = len(curve[0]) - 1
             if m == "ffn":
-                channels = (0, len(held) - 1 - at)
+                channels = (0, last - at)
             else:
-                ranks[m] = None if at == len(held) - 1 else at + 1
+                ranks[m] = None if at == last else at + 1
         sizes.append(Sizes(ranks, None, channels))
     return sizes
 

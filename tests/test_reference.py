@@ -642,7 +642,9 @@ def test_similarities_are_those_of_the_stream_and_spectra_those_of_the_method(
         h = trace.output
     # Where nothing within a sub-layer is asked, or a sub-layer is not factored.
     for other in (Settings(0.5, mha="pca", between=True), Settings(0.5, mha=None, within=True)):
-        assert algorithm1.measure(weights, SHAPE, ids, other).spectra == [{}, {}]
+        found = algorithm1.measure(weights, SHAPE, ids, other)
+        assert found.spectra == [{}, {}]
+        assert found.losses == found.divergences == []
 
 
 @pytest.mark.spec("mgaa.plan")
@@ -806,3 +808,177 @@ def test_what_loses_nothing_stays_dense(layer: dict[str, Array]) -> None:
     narrow["self_attn.o_proj.weight"] = narrow[q].T
     sizes = algorithm1.layer_sizes(narrow, SHAPE, settings, {"mha": 0.0, "ffn": 0.4})
     assert sizes.ranks == dict.fromkeys("qkvo")
+
+
+# --- the marginal allocation --------------------------------------------------------------------
+
+
+@pytest.mark.spec("marginal.measure", "marginal.sensitivity")
+@pytest.mark.parametrize("ffn", ["channels", "svd"])
+def test_each_module_is_made_small_alone(
+    ffn: Literal["channels", "svd"], weights: dict[str, Array]
+) -> None:
+    """In the middle of its curve, by all samples; what that does to the first 16 is told."""
+    ids = np.random.default_rng(2).integers(VOCABULARY, size=(17, 3))
+    settings = Settings(0.5, nested=False, mha="pca", ffn=ffn, selection="obs", marginal=True)
+    found = algorithm1.measure(weights, SHAPE, ids, settings)
+    # Of ranks 1 to 3 of q and o, 1 and 2 of k and v, 1 to 4 in the FFN, and the dense matrix.
+    probed = {"q": 2, "k": 1, "v": 1, "o": 2}
+    probed |= {"ffn": 15} if ffn == "channels" else dict.fromkeys(("gate", "up", "down"), 2)
+    h = llama.embed(weights, ids)
+    for index in (0, 1):
+        layer = llama.layer_weights(weights, index)
+        trace = llama.layer_forward(layer, SHAPE, h)
+        W, X = layer["self_attn.k_proj.weight"], trace.attention.reshape(-1, D)
+        S = np.linalg.svd(X @ W.T, compute_uv=False)
+        assert np.allclose(found.spectra[index]["k"], S, rtol=1e-9)
+        assert list(found.spectra[index]) == [m for m in probed if m != "ffn"]
+        if ffn == "channels":
+            W, X = layer["mlp.down_proj.weight"], trace.down.reshape(-1, D_M)
+            _, losses = regression.removal_order(W, X.T @ X, D_M - 1, settings.ridge)
+            assert close(found.losses[index], losses)
+        assert list(found.divergences[index]) == list(probed)
+        for m, size in probed.items():
+            sublayer: Literal["mha", "ffn"] = "mha" if m in algorithm1.MHA else "ffn"
+            if m == "ffn":
+                new, _, _ = algorithm1.compress_ffn(layer, trace, (0, 30 - size), settings)
+            else:
+                sizes = Sizes({**dict.fromkeys(probed), m: size})
+                new = algorithm1.factor_matrices(layer, trace, sublayer, sizes, settings)
+            gone = f"layers.{index}.{'self_attn' if sublayer == 'mha' else 'mlp'}."
+            small = {name: value for name, value in weights.items() if gone not in name}
+            small |= {f"model.layers.{index}.{name}": value for name, value in new.items()}
+            p, q = (llama.softmax(llama.logits(each, SHAPE, ids[:16])) for each in (weights, small))
+            expected = float(np.sum(p * np.log(p / q))) / 48
+            assert found.divergences[index][m] == pytest.approx(expected, rel=1e-9)
+        h = trace.output
+    assert len(found.losses) == (2 if ffn == "channels" else 0)
+
+
+def hand_measured(*divergences: dict[str, float]) -> algorithm1.Measurements:
+    """Singular values n, ..., 2, 1, in layer i times i + 1; losses 1, 2, ..., 29 times i + 1."""
+    sides = {"k": 4, "v": 4, **dict.fromkeys(("qk", "q", "o", "gate", "up", "down"), 6)}
+    spectra = [
+        {m: (i + 1) * np.arange(n, 0.0, -1) for m, n in sides.items()}
+        for i in range(len(divergences))
+    ]
+    losses = [(i + 1) * np.arange(1.0, D_M) for i in range(len(divergences))]
+    return algorithm1.Measurements([], spectra, losses, list(divergences))
+
+
+@pytest.mark.spec("marginal.curve", "afm.bias")
+def test_a_curve_counts_the_biases_that_afm_adds(layer: dict[str, Array]) -> None:
+    """q 12 x 6, k 4 x 6 and gate 30 x 6: 18, 10 and 36 parameters a rank; q on k: 22."""
+    bare = llama.layer_weights(random_weights(bias=False), 0)
+    known = hand_measured({}, {})
+
+    def curves(layer: dict[str, Array], index: int = 0, **settings: Any) -> dict[str, Any]:
+        return algorithm1.curves_of(layer, index, known, Settings(0.5, **settings))
+
+    for given in (bare, layer):
+        for settings in ({"mha": "pca"}, {"mha": "afm"}):
+            added = settings["mha"] == "afm" and given is bare
+            found = curves(given, **settings)
+            assert list(found) == ["q", "k", "v", "o", "ffn"]
+            q, k = ([30, 48, 66, 72], [14, 24]) if added else ([18, 36, 54, 72], [10, 20, 24])
+            assert found["q"] == (q, [55, 30, 14, 0])
+            assert found["k"] == (k, [14, 0] if added else [14, 5, 0])
+            u = 18 if given is bare else 20
+            assert found["ffn"][0] == [u * width for width in range(1, 31)]
+            assert found["ffn"][1] == [sum(range(1, 31 - width)) for width in range(1, 31)]
+    assert curves(layer, 1, mha="pca")["q"][1] == [4 * 55, 4 * 30, 4 * 14, 0]
+    assert curves(layer, 1)["ffn"][1][-3:] == [2 + 4, 2, 0]
+    ffn = curves(bare, mha=None, ffn="afm")
+    assert list(ffn) == ["gate", "up", "down"]
+    assert ffn["gate"][0] == ffn["up"][0] == [66, 102, 138, 174, 180]
+    assert ffn["down"][0] == [42, 78, 114, 150, 180]
+    for own, expected in (
+        ("", [38, 60, 82, 96]),
+        ("q", [26, 48, 70, 92, 96]),
+        ("k", [34, 56, 78, 96]),
+        ("qk", [22, 44, 66, 88, 96]),
+    ):
+        names = [f"self_attn.{m}_proj.bias" for m in own]
+        given = bare | {name: layer[name] for name in names}
+        assert curves(given, mha="afm", joint_qk=True)["qk"][0] == expected
+
+
+@pytest.mark.spec("marginal.plan", "afm.bias")
+def test_what_a_layer_holds_by_hand(layer: dict[str, Array]) -> None:
+    """q 2 ranks, k dense, v 2 ranks; 18 channels of 30. AFM's gate holds more than the matrix."""
+    bare = llama.layer_weights(random_weights(bias=False), 0)
+    pruned = Sizes({"q": 2, "k": None, "v": 2, "o": 3}, None, (3, 15))
+    factored = Sizes(pruned.ranks | {"gate": 5, "up": None, "down": 1})
+    mha, ffn = 36 + 24 + 20 + 54, 180 + 180 + 36
+    for given, channel, of_mha, of_ffn in ((layer, 20, 0, 0), (bare, 18, 12 + 4 + 6, 30 + 6)):
+        pca, afm = Settings(0.5, mha="pca"), Settings(0.5, mha="afm", ffn="afm")
+        assert algorithm1.parameters_of(given, pruned, pca) == mha + 18 * channel
+        assert algorithm1.parameters_of(given, factored, afm) == mha + of_mha + ffn + of_ffn
+
+
+@pytest.mark.spec("marginal.plan")
+def test_channels_go_where_the_model_minds_them_least(weights: dict[str, Array]) -> None:
+    """24 in two layers. The n-th costs n D / 120 of what the model minds, by D at the 15th.
+
+    That is 16 where D is 1 and 8 where it is 2.1; one more of either would cost 17 or 18.9.
+    """
+    settings = Settings(0.4, least=0.1, mha=None, selection="obs", marginal=True)
+    even = algorithm1.layer_sizes(llama.layer_weights(weights, 0), SHAPE, settings)
+    assert even.channels == (3, 15)
+    for first, second, expected in ((1.0, 2.1, (16, 8)), (2.1, 1.0, (8, 16))):
+        known = hand_measured({"ffn": first}, {"ffn": second})
+        sizes = algorithm1.allocate(weights, SHAPE, settings, known)
+        assert sizes == [Sizes({}, None, (3, 3 + count)) for count in expected]
+
+
+@pytest.mark.spec("marginal.plan")
+def test_what_the_model_does_not_mind_keeps_the_floor(weights: dict[str, Array]) -> None:
+    """By 0.73 * 0.6: 31 of 72 parameters, 10 of 24, and 262 of 600 at 20 for each channel."""
+    settings = Settings(0.4, mha="pca", selection="obs", marginal=True, mgaa_floor=0.73)
+    nothing = dict.fromkeys(("q", "k", "v", "o", "ffn"), 0.0)
+    sizes = algorithm1.allocate(weights, SHAPE, settings, hand_measured(nothing, nothing))
+    assert sizes == [Sizes({"q": 2, "k": 1, "v": 1, "o": 2}, None, (0, 16))] * 2
+
+
+ODD = LlamaShape(layers=1, heads=2, kv_heads=1, head_dim=2)
+"""With a width of 3: q 4 x 3, k and v 2 x 3, o 3 x 4."""
+
+
+def odd_weights() -> dict[str, Array]:
+    rng = np.random.default_rng(4)
+    shapes = {"q": (4, 3), "k": (2, 3), "v": (2, 3), "o": (3, 4)}
+    linears = {f"self_attn.{m}_proj": sides for m, sides in shapes.items()}
+    linears |= {"mlp.gate_proj": (5, 3), "mlp.up_proj": (5, 3), "mlp.down_proj": (3, 5)}
+    weights = {f"model.layers.0.{n}.weight": rng.standard_normal(s) for n, s in linears.items()}
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        weights[f"model.layers.0.{norm}.weight"] = np.ones(3)
+    weights["model.embed_tokens.weight"] = rng.standard_normal((VOCABULARY, 3))
+    weights["model.norm.weight"] = np.ones(3)
+    return weights
+
+
+@pytest.mark.spec("marginal.measure")
+def test_a_matrix_of_one_size_is_not_probed() -> None:
+    """A rank of k or v, and AFM's bias, hold 7 parameters; the matrix 6."""
+    ids = np.array([[3, 0, 10]])
+    settings = Settings(0.1, mha="afm", ffn=None, marginal=True)
+    found = algorithm1.measure(odd_weights(), ODD, ids, settings)
+    assert list(found.spectra[0]) == ["q", "k", "v", "o"]
+    assert list(found.divergences[0]) == ["q", "o"]
+    assert found.losses == []
+
+
+@pytest.mark.spec("marginal.plan", "afm.bias")
+def test_even_ratios_are_counted_to_the_last_parameter() -> None:
+    """A rank each: 11 + 7 + 7 + 10. Of that k and v take 6, which leaves 2 more for q or o.
+
+    q would be dense for 1, o for 2, and o is minded more. Both would need 3.
+    """
+    weights = odd_weights()
+    settings = Settings(0.1, a=1, mha="afm", ffn=None, marginal=True, mgaa_floor=0)
+    even = algorithm1.layer_sizes(llama.layer_weights(weights, 0), ODD, settings)
+    assert even.ranks == dict.fromkeys("qkvo", 1)
+    spectra = {m: np.arange(2.0 if m in "kv" else 3.0, 0, -1) for m in "qkvo"}
+    known = algorithm1.Measurements([], [spectra], [], [{"q": 1.0, "o": 3.0}])
+    (sizes,) = algorithm1.marginal_allocation(weights, ODD, settings, known)
+    assert sizes == Sizes({"q": 1, "k": None, "v": None, "o": None})
