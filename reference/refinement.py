@@ -85,7 +85,7 @@ def conjugate_gradients(
     loss : callable
         Of the weights; a number that is not finite counts as too high.
     gradients : callable
-        The loss, and its gradients by name.
+        The loss, and its gradients by name, in the order of the weights.
     preconditioners : mapping
         ``(d_in, d_in)``, symmetric and positive definite, by name.
     iterations : int

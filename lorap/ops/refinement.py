@@ -84,9 +84,9 @@ def conjugate_gradients(
     loss : callable
         Of the weights; a number that is not finite counts as too high.
     gradients : callable
-        The loss, and its gradients by name, in the dtypes of the weights.
+        The loss, and its gradients by name, in the order and the dtypes of the weights.
     preconditioned : callable
-        Gradients, each multiplied by its ``preconditioner`` from the right.
+        Gradients, each multiplied by its ``preconditioner`` from the right, in their order.
     iterations : int
         Each takes one of `gradients` and one of `loss`; before the first one there is one of
         `gradients`.
