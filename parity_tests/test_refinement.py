@@ -274,6 +274,14 @@ def test_a_step_to_an_equal_loss_is_not_taken() -> None:
         assert end == [-1 / 4]
 
 
+@pytest.mark.spec("refine.step")
+def test_a_descent_that_is_stuck_goes_on_to_the_end() -> None:
+    """Each trial is an eighth of the one before, so that at last its square is 0, and it too."""
+    for losses, end in scripted([(1.0, [1.0])] * 501, 500, at_trials=1.0):
+        assert losses == [1.0] * 501
+        assert end == [0.0]
+
+
 @pytest.mark.spec("refine.direction")
 def test_inner_products_are_summed_in_float64() -> None:
     """Over all weights; arrays of the audit round what is done with them, a float does not."""
