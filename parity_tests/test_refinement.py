@@ -1,7 +1,7 @@
 """The descent of refinement: its preconditioner, its steps, and where it leads."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -207,39 +207,93 @@ def test_a_single_matrix_is_solved_at_once(problem: own.OutputProblem, seed: int
         assert last <= least + 1e-4 * (first - least) + rounding
 
 
+def scripted(
+    script: Sequence[tuple[float, Sequence[float]]], iterations: int, at_trials: float = 0.0
+) -> list[tuple[list[float], list[float]]]:
+    """Return the losses and the ends of both sides' descents from 0, without a preconditioner.
+
+    Losses and gradients are those of the script, wherever they are asked for. With a loss of 0 at
+    the trials each step is four trials long, the first one 1/4.
+    """
+    size = len(script[0][1])
+    one, two = iter(script), iter(script)
+
+    def in_torch(_: Mapping[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+        loss, gradient = next(one)
+        return loss, {"w": torch.tensor([gradient], dtype=torch.float64)}
+
+    def in_numpy(_: Values) -> tuple[float, dict[str, own.Array]]:
+        loss, gradient = next(two)
+        return loss, {"w": np.array([gradient])}
+
+    start = torch.zeros(1, size, dtype=torch.float64)
+    mine = ours.conjugate_gradients({"w": start}, lambda _: at_trials, in_torch, dict, iterations)
+    theirs = reference.conjugate_gradients(
+        {"w": np.zeros((1, size))}, lambda _: at_trials, in_numpy, {"w": np.eye(size)}, iterations
+    )
+    assert not start.any()
+    return [(side.losses, side.values["w"][0].tolist()) for side in (mine, theirs)]
+
+
 @pytest.mark.spec("refine.direction", "refine.step")
 def test_a_descent_by_hand() -> None:
     """Uphill directions give way, what rises is not taken, and trials follow the steps.
 
-    The loss at every trial is 0, so that each step is four trials long: 1/4, 1, 4 and 4. The second
-    and the third direction, -4 and 4.5, would lead uphill; the third step fails.
+    The steps are 1/4, 1, 4 and 4 long. The second and the third direction, -4 and 4.5, would lead
+    uphill; the third step fails.
     """
+    script = [(10.0, [1.0]), (9.0, [-2.0]), (8.0, [3.0]), (9.0, [5.0]), (7.0, [0.0])]
+    for losses, end in scripted(script, 9):
+        assert losses == [10.0, 9.0, 8.0, 8.0, 7.0]
+        assert end == [-1 / 4 + 2 - 12]
 
-    def script() -> Gradients:
-        losses, by = iter((10.0, 9.0, 8.0, 9.0, 7.0)), iter((1.0, -2.0, 3.0, 5.0, 0.0))
-        return lambda values: (next(losses), {"w": np.full_like(values["w"], next(by))})
 
-    def in_torch(
-        of: Gradients, values: Mapping[str, torch.Tensor]
-    ) -> tuple[float, dict[str, torch.Tensor]]:
-        loss, found = of({name: value.numpy() for name, value in values.items()})
-        return loss, {name: torch.from_numpy(value) for name, value in found.items()}
+@pytest.mark.spec("refine.direction")
+@pytest.mark.parametrize(
+    ("gradient", "direction"),
+    [
+        # (-1/2, -1/2) has a slope of 0: it does not lead downhill.
+        ([-0.5, 0.5], [0.5, -0.5]),
+        # (0, -1/2) + (-1, 0) / 4, with a slope of -1/4, does.
+        ([0.0, 0.5], [-0.25, -0.5]),
+    ],
+)
+def test_only_what_leads_downhill_is_a_direction(
+    gradient: list[float], direction: list[float]
+) -> None:
+    """The steps are 1/4 along (-1, 0), and 1."""
+    for _, end in scripted([(3.0, [1.0, 0.0]), (2.0, gradient), (1.0, [0.0, 0.0])], 2):
+        assert end == [direction[0] - 1 / 4, direction[1]]
 
-    one, two = script(), script()
-    start = torch.zeros(1, 1, dtype=torch.float64)
-    mine = ours.conjugate_gradients(
-        {"w": start}, lambda _: 0.0, lambda values: in_torch(one, values), dict, 9
-    )
-    theirs = reference.conjugate_gradients(
-        {"w": np.zeros((1, 1))}, lambda _: 0.0, two, {"w": np.eye(1)}, 9
-    )
-    for side in (mine, theirs):
-        assert side.losses == [10.0, 9.0, 8.0, 8.0, 7.0]
-        assert side.values["w"].item() == -1 / 4 + 2 - 12
-    assert start.item() == 0
+
+@pytest.mark.spec("refine.step")
+def test_a_step_to_an_equal_loss_is_not_taken() -> None:
+    """The first step fails, and the second one, from where that began, is as long."""
+    for losses, end in scripted([(1.0, [1.0]), (1.0, [1.0]), (0.0, [1.0])], 2):
+        assert losses == [1.0, 1.0, 0.0]
+        assert end == [-1 / 4]
+
+
+@pytest.mark.spec("refine.step")
+def test_a_descent_that_is_stuck_goes_on_to_the_end() -> None:
+    """Each trial is an eighth of the one before, so that at last its square is 0, and it too."""
+    for losses, end in scripted([(1.0, [1.0])] * 501, 500, at_trials=1.0):
+        assert losses == [1.0] * 501
+        assert end == [0.0]
 
 
 @pytest.mark.spec("refine.direction")
 def test_inner_products_are_summed_in_float64() -> None:
-    a = {"w": torch.tensor([[1.0, 2.0**-30]], dtype=torch.float32)}
-    assert ours._inner(a, {"w": torch.ones(1, 2)}) == 1 + 2.0**-30
+    """Over all weights; arrays of the audit round what is done with them, a float does not."""
+    a, b = [[1.0, 2.0**-30]], [[1.0, 1.0]]
+    for found in (
+        ours._inner(
+            {"v": torch.ones(2, 1), "w": torch.tensor(a)},
+            {"v": torch.ones(2, 1), "w": torch.tensor(b)},
+        ),
+        reference._inner(
+            {"v": np.ones((2, 1)), "w": np.array(a)}, {"v": np.ones((2, 1)), "w": np.array(b)}
+        ),
+    ):
+        assert type(found) is float
+        assert found == 3 + 2.0**-30

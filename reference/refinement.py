@@ -85,7 +85,7 @@ def conjugate_gradients(
     loss : callable
         Of the weights; a number that is not finite counts as too high.
     gradients : callable
-        The loss, and its gradients by name.
+        The loss, and its gradients by name, in the order of the weights.
     preconditioners : mapping
         ``(d_in, d_in)``, symmetric and positive definite, by name.
     iterations : int
@@ -150,10 +150,11 @@ def step_length(J: float, slope: float, trial: float, J_trial: float) -> float:
     """
     if not np.isfinite(J_trial):
         return trial / WIDEST
-    curvature = (J_trial - J - slope * trial) / trial**2
-    if curvature <= 0:
+    # The curvature times the trial's square: that of a very short trial underflows.
+    rise = J_trial - J - slope * trial
+    if rise <= 0:
         return WIDEST * trial
-    return min(-slope / (2 * curvature), WIDEST * trial)
+    return min(-slope * trial / (2 * rise), WIDEST) * trial
 
 
 def _moved(values: Values, step: float, direction: Values) -> dict[str, Array]:

@@ -84,9 +84,9 @@ def conjugate_gradients(
     loss : callable
         Of the weights; a number that is not finite counts as too high.
     gradients : callable
-        The loss, and its gradients by name, in the dtypes of the weights.
+        The loss, and its gradients by name, in the order and the dtypes of the weights.
     preconditioned : callable
-        Gradients, each multiplied by its ``preconditioner`` from the right.
+        Gradients, each multiplied by its ``preconditioner`` from the right, in their order.
     iterations : int
         Each takes one of `gradients` and one of `loss`; before the first one there is one of
         `gradients`.
@@ -151,10 +151,11 @@ def step_length(loss: float, slope: float, trial: float, loss_at_trial: float) -
     """
     if not math.isfinite(loss_at_trial):
         return trial / WIDEST
-    curvature = (loss_at_trial - loss - slope * trial) / trial**2
-    if curvature <= 0:
+    # The curvature times the trial's square: that of a very short trial underflows.
+    rise = loss_at_trial - loss - slope * trial
+    if rise <= 0:
         return WIDEST * trial
-    return min(-slope / (2 * curvature), WIDEST * trial)
+    return min(-slope * trial / (2 * rise), WIDEST) * trial
 
 
 def _moved(values: Values, step: float, direction: Values) -> dict[str, Tensor]:
