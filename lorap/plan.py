@@ -204,6 +204,8 @@ class Measurements:
     losses : mapping
         What the removals of a block's channels cost one by one, all but the last, float64 and on
         the CPU, by path.
+    removals : mapping
+        These channels, in the order of their removal, int64 and on the CPU, by path.
     divergences : mapping
         Mean divergence of the predictions where a module alone has the size of ``probe_plan``, by
         path.
@@ -214,6 +216,7 @@ class Measurements:
     similarities: dict[tuple[int, Sublayer], float] = field(default_factory=dict)
     spectra: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
+    removals: dict[str, Tensor] = field(default_factory=dict)
     divergences: dict[str, float] = field(default_factory=dict)
     scores: dict[int, dict[Sublayer, Tensor]] = field(default_factory=dict)
 
@@ -246,6 +249,9 @@ class Measurements:
             if kind == "losses":
                 found.losses[path] = tensor
                 continue
+            if kind == "removals":
+                found.removals[path] = tensor
+                continue
             if kind == "divergence":
                 found.divergences[path] = float(tensor)
                 continue
@@ -260,7 +266,8 @@ class Measurements:
         """Return all that was measured as tensors, float64, under the names of the layers.
 
         ``{layers_path}.3.mha.similarity`` (a scalar), ``...3.self_attn.q_proj.spectrum``,
-        ``...3.mlp.losses``, ``...3.mlp.divergence`` (a scalar), ``...3.ffn.scores``.
+        ``...3.mlp.losses``, ``...3.mlp.removals`` (int64), ``...3.mlp.divergence`` (a scalar),
+        ``...3.ffn.scores``.
 
         Parameters
         ----------
@@ -276,6 +283,7 @@ class Measurements:
         of_modules = {
             "spectrum": self.spectra,
             "losses": self.losses,
+            "removals": self.removals,
             "divergence": {
                 path: torch.tensor(value, dtype=torch.float64)
                 for path, value in self.divergences.items()

@@ -803,6 +803,45 @@ def test_every_method_passes(method: str, dtype: torch.dtype, tmp_path: Path) ->
     assert_passes(audit(*pair_by(method, tmp_path, dtype)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_removals_that_rounding_decides_pass(seed: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """With fewer tokens than channels many cost the same, next to nothing."""
+    save_tiny_checkpoint(tmp_path / "original", seed=seed, dtype=dtype, **VARIANTS["gqa"])
+    ids = token_ids(1, 24, seed=seed)
+    output = compress(tmp_path / "original", tmp_path / "out", ids, **METHODS["marginal"])
+    assert_passes(audit(tmp_path / "original", output))
+
+
+@pytest.mark.parametrize(
+    ("places", "caught"), [((0, -1), True), ((10, 30), True), ((5, 5), False)], ids=str
+)
+def test_the_recorded_order_of_removals_is_the_cheapest(
+    places: tuple[int, int], caught: bool, tmp_path: Path
+) -> None:
+    original, output = pair_by("marginal", tmp_path, torch.float32)
+    file = output / STATISTICS
+    arrays = load_file(file)
+    order = arrays["model.layers.1.mlp.removals"]
+    first, second = places
+    order[[first, second]] = order[[second, first]]
+    save_file(arrays, file)
+    found = breaches(audit(original, output))
+    assert caught == ("removals" in {c.name for c in found.get("layers.1.mlp.losses", ())})
+
+
+@pytest.mark.parametrize("channel", [-1, 999, None], ids=str)
+def test_an_order_of_removals_that_is_none_is_refused(channel: int | None, tmp_path: Path) -> None:
+    original, output = pair_by("marginal", tmp_path, torch.float32)
+    file = output / STATISTICS
+    arrays = load_file(file)
+    order = arrays["model.layers.1.mlp.removals"]
+    order[0] = order[1] if channel is None else channel
+    save_file(arrays, file)
+    with pytest.raises(UsageError, match=r"model\.layers\.1\.mlp\.removals to hold channels"):
+        audit(original, output)
+
+
 OTHER_IDS = {
     "svd": None,
     "awsvd in the FFN": ("layers.0.mlp.up_proj", "norms of the inputs (ffn), rms"),

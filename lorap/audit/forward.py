@@ -280,12 +280,17 @@ class Runs:
             rounded = rounded_forward(weights.rounded, self.shape, before.rounded, self.compute)
             yield Step(batch, before, Pair(exact, rounded))
 
-    def advance(self, tensors: Mapping[str, Tensor], where: str) -> Iterator[Step]:
+    def advance(
+        self,
+        tensors: Mapping[str, Tensor],
+        where: str,
+        rounded: Mapping[str, Tensor] | None = None,
+    ) -> Iterator[Step]:
         """Run a layer over all samples, and put its output in the place of its input.
 
         Parameters
         ----------
-        tensors : mapping
+        tensors, rounded : mapping
             As for ``forward``.
         where : str
             What the layer is, for the error.
@@ -295,7 +300,7 @@ class Runs:
         LorapError
             If an output is not finite.
         """
-        for step in self.forward(tensors):
+        for step in self.forward(tensors, rounded):
             yield step
             self.h.exact[step.samples] = step.trace.exact.output
             self.h.rounded[step.samples] = step.trace.rounded.output

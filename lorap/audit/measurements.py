@@ -31,9 +31,10 @@ from lorap.audit.inputs import (
     norms_of,
 )
 from lorap.audit.probes import Probes
+from lorap.audit.refits import follow
 from lorap.audit.results import Check, ModuleAudit
 from lorap.audit.sizes import Module
-from lorap_reference import joint, lowrank, mgaa, regression
+from lorap_reference import joint, lowrank, mgaa
 
 Array = NDArray[np.float64]
 
@@ -145,13 +146,11 @@ def _audit_layer(
 def _losses_audit(
     context: Context, module: Module, given: Mapping[str, Tensor], moment: Pair[Array]
 ) -> ModuleAudit:
-    """Compare what the recorded removals of channels cost together, for every width."""
-    name = f"{linear_name(context.reader.family, 'down')}.weight"
-    W, ridge = given[name].double().numpy(), context.record.settings.ridge
-    exact, rounded = (
-        np.cumsum(regression.removal_order(W, C, W.shape[1] - 1, ridge)[1])
-        for C in (moment.exact, moment.rounded)
-    )
+    """Compare the recorded removals of channels, and what they cost together for every width."""
+    W = given[f"{linear_name(context.reader.family, 'down')}.weight"].double().numpy()
+    order = context.record.removals(module.path, module.shape[0])
+    worst, losses = follow(context, Pair(W, W), moment, order)
+    exact, rounded = (np.cumsum(found) for found in losses)
     recorded = np.cumsum(context.record.recorded(f"{module.path}.losses", exact.shape))
     # A loss below what the solver tells apart is compared with the largest.
     unit = np.maximum(exact, 1e-12 * exact[-1]) if exact[-1] > 0 else np.ones_like(exact)
@@ -161,7 +160,7 @@ def _losses_audit(
         np.abs(rounded - exact) / unit,
         context.compute.eps,
     )
-    return ModuleAudit(f"{module.path}.losses", "", checks)
+    return ModuleAudit(f"{module.path}.losses", "", (worst, *checks))
 
 
 class Cosines:

@@ -16,7 +16,7 @@ from lorap.audit.context import Context, embedded
 from lorap.audit.factors import factored
 from lorap.audit.files import linear_name
 from lorap.audit.forward import Pair, Runs
-from lorap.audit.inputs import INPUT_OF, Input, Sums
+from lorap.audit.inputs import INPUT_OF, Input, Statistic, Sums
 from lorap.audit.results import Check, ModuleAudit
 from lorap.audit.sizes import Module, at_place, curve
 from lorap_reference import joint, llama, marginal, regression
@@ -66,15 +66,16 @@ class Probes:
                 found = at_place(module, marginal.middle(count), count)
                 runs = copy.copy(self._own)
                 runs.h = Pair(self._own.h.exact.copy(), self._own.h.rounded.copy())
-                _run(runs, dict(given) | self._approximated(found, given, sums), where)
+                small = self._approximated(found, given, sums)
+                _run(runs, {**given, **small.exact}, where, {**given, **small.rounded})
                 self._small[module.path] = runs
         _run(self._own, given, where)
 
     def audited(self) -> Iterator[ModuleAudit]:
         """Compare the recorded divergences, by the noise of the probes' own ones.
 
-        The noise is how far rounding moves their mean, or would move it if it moved the tokens
-        independently.
+        The noise is how far rounding, of the statistics too, moves their mean, or would move it if
+        it moved the tokens independently.
         """
         logits = self._head()
         own = logits(self._own)
@@ -89,21 +90,42 @@ class Probes:
 
     def _approximated(
         self, module: Module, given: Mapping[str, Tensor], sums: Mapping[Input, Sums]
-    ) -> dict[str, Tensor]:
-        """Return the dense tensors that do what a module does at its size."""
-        settings = self._context.record.settings
-        names = [linear_name(self._context.reader.family, role) for role in module.roles]
+    ) -> Pair[dict[str, Tensor]]:
+        """Return the dense tensors that do what a module does at its size, in both runs.
+
+        Channels are removed in the order recorded, which ``measurements`` compares.
+        """
         if module.band is not None:
             name = f"{linear_name(self._context.reader.family, 'down')}.weight"
-            W, C = given[name].double().numpy(), sums["down"]["moment"].exact
-            order, _ = regression.removal_order(W, C, module.band[1], settings.ridge)
-            kept = np.setdiff1d(np.arange(W.shape[1]), order)
-            new = np.zeros_like(W)
-            new[:, kept] = regression.least_squares_update(W, C, kept, settings.ridge)
-            return {name: torch.from_numpy(new)}
+            W = given[name].double().numpy()
+            order = self._context.record.removals(module.path, W.shape[1])[: module.band[1]]
+            C = sums["down"]["moment"]
+            return Pair(
+                {name: self._refitted(W, C.exact, order)},
+                {name: self._refitted(W, C.rounded, order)},
+            )
+        known = sums.get(INPUT_OF[module.roles[0]], {})
+        return Pair(
+            self._factored(module, given, {name: pair.exact for name, pair in known.items()}),
+            self._factored(module, given, {name: pair.rounded for name, pair in known.items()}),
+        )
+
+    def _refitted(self, W: Array, C: Array, order: list[int]) -> Tensor:
+        """Return down without channels, refitted on the others."""
+        kept = np.setdiff1d(np.arange(W.shape[1]), order)
+        new = np.zeros_like(W)
+        ridge = self._context.record.settings.ridge
+        new[:, kept] = regression.least_squares_update(W, C, kept, ridge)
+        return torch.from_numpy(new)
+
+    def _factored(
+        self, module: Module, given: Mapping[str, Tensor], known: Mapping[Statistic, Array]
+    ) -> dict[str, Tensor]:
+        """Return the product of a module's factors, and its biases."""
         assert module.rank is not None
+        settings = self._context.record.settings
+        names = [linear_name(self._context.reader.family, role) for role in module.roles]
         parts = [given[f"{name}.weight"].double().numpy() for name in names]
-        known = {name: pair.exact for name, pair in sums.get(INPUT_OF[module.roles[0]], {}).items()}
         L, R, bias = factored(settings, module, joint.stacked(parts), known, self._tokens)
         rows = [part.shape[0] for part in parts]
         tensors = {}
@@ -134,8 +156,13 @@ class Probes:
         return logits
 
 
-def _run(runs: Runs, tensors: Mapping[str, Tensor], where: str) -> None:
-    for _ in runs.advance(tensors, where):
+def _run(
+    runs: Runs,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    rounded: Mapping[str, Tensor] | None = None,
+) -> None:
+    for _ in runs.advance(tensors, where, rounded):
         pass
 
 

@@ -103,6 +103,30 @@ class Record:
             raise UsageError(f"{self.file}: {full} holds NaN or inf")
         return found.astype(np.float64)
 
+    def removals(self, path: str, width: int) -> list[int]:
+        """Return the recorded order in which all channels of a block but the last are removed.
+
+        Parameters
+        ----------
+        path : str
+            Of the block, as ``layers.3.mlp``.
+        width : int
+            Its channels.
+
+        Raises
+        ------
+        UsageError
+            If it does not name channels, each once.
+        """
+        name = f"{path}.removals"
+        order = self.recorded(name, (width - 1,))
+        if not set(order) <= set(range(width)) or len(set(order)) < order.size:
+            raise UsageError(
+                f"{self.file}: expected {self._full(name)} to hold channels from 0 to "
+                f"{width - 1}, each once"
+            )
+        return [int(channel) for channel in order]
+
     def said(self, layer: int, name: str) -> Mapping[str, Any]:
         """Return what the report says of a module; nothing where it is not in order."""
         modules = self.said_of_layer(layer).get("modules")

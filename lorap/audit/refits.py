@@ -6,7 +6,7 @@ runs (SPEC, "Audit").
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,7 @@ def removal_checks(
     said : mapping
         What the report says of the module.
     """
-    units, ridge = module.shape[0], context.record.settings.ridge
+    units = module.shape[0]
     name = "report: removed channels"
     order = said.get("removed_channels")
     if not (
@@ -160,15 +160,45 @@ def removal_checks(
         and sorted(order) == np.setdiff1d(np.arange(units), kept).tolist()
     ):
         return [Check(name, 1, 0, "expected the channels that are not kept, each once")]
+    worst, _ = follow(context, W, moment, order)
+    return [Check(name, 0, 0), worst]
+
+
+def follow(
+    context: Context, W: Pair[Array], moment: Pair[Array], order: Sequence[int]
+) -> tuple[Check, Pair[Array]]:
+    """Remove channels in an order, in both runs.
+
+    Parameters
+    ----------
+    context : Context
+    W : Pair of (d_out, d_in)
+        Of down.
+    moment : Pair of (d_in, d_in)
+        Of its input.
+    order : sequence of int
+        Channels, each once.
+
+    Returns
+    -------
+    check : Check
+        Whether each was the cheapest left, within what rounding does to costs.
+    losses : Pair of (len(order),)
+        What each costs.
+    """
+    ridge = context.record.settings.ridge
     exact = _Removals(W.exact, moment.exact, ridge)
     rounded = _Removals(W.rounded, moment.rounded, ridge)
+    losses = Pair(np.zeros(len(order)), np.zeros(len(order)))
     worst = Check("removals", 0.0, 0.0)
     usage = 0.0
     for step, j in enumerate(order):
         cost = exact.costs()
         scale = float(np.max(cost[np.isfinite(cost)]))
         live = np.isfinite(cost) & (cost > 1e-12 * scale)
-        ratios = rounded.costs()[live] / cost[live]
+        other = rounded.costs()
+        losses.exact[step], losses.rounded[step] = cost[j], other[j]
+        ratios = other[live] / cost[live]
         noise = float(np.sqrt(np.mean((ratios - 1) ** 2))) if live.any() else 0.0
         share = ROOM_LARGEST * (noise + context.compute.eps / 8)
         excess = float(cost[j] - np.min(cost))
@@ -178,7 +208,7 @@ def removal_checks(
             worst = Check("removals", excess / scale, bound / scale, f"at removal {step}")
         exact.remove(j)
         rounded.remove(j)
-    return [Check(name, 0, 0), worst]
+    return worst, losses
 
 
 class _Removals:

@@ -268,19 +268,24 @@ def _measure_forward_(
         if is_factored(module):
             method = low_rank_method(config, module.sublayer)
             factors = factorise(weight(module), given, 0, method, config)
-            return {"": factors.singular_values.cpu()}, None
+            return {"spectrum": factors.singular_values.cpu()}, None
         moment = inputs["down"].sums["moment"]
-        _, losses = removal_order(weight(module), moment, module.units - 1, config.ridge)
-        return {"": losses.cpu()}, None
+        order, losses = removal_order(weight(module), moment, module.units - 1, config.ridge)
+        return {"losses": losses.cpu(), "removals": order.cpu()}, None
 
     jobs = [
         job
         for job in layer.plan.items()
         if not job[1].untouched and (is_factored(job[1]) or config.is_marginal)
     ]
-    for (name, module), (found, _) in processes.each(jobs, cost, errors):
-        kind = measured.spectra if is_factored(module) else measured.losses
-        kind[f"layers.{layer.index}.{name}"] = found[""]
+    kept = {
+        "spectrum": measured.spectra,
+        "losses": measured.losses,
+        "removals": measured.removals,
+    }
+    for (name, _), (found, _) in processes.each(jobs, cost, errors):
+        for kind, values in found.items():
+            kept[kind][f"layers.{layer.index}.{name}"] = values
     return inputs
 
 
