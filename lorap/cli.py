@@ -89,11 +89,11 @@ def _verdict(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, OSError):
         return _noted(error), 1
     if _is_out_of_memory(error):
-        detail = f" ({error})" if str(error) else ""
-        return (
-            f"out of memory; a smaller --batch-size (of recover: --micro-batch) needs less{detail}",
-            1,
+        said = (
+            "out of memory; a smaller --batch-size (of recover: --micro-batch) needs less; of "
+            "compress also --activations cpu or disk, which --resume allows to change"
         )
+        return "; ".join(filter(None, [said, _noted(error)])), 1
     return None
 
 
@@ -143,7 +143,7 @@ def _joined() -> Iterator[Processes | None]:
 
 def _noted(error: BaseException) -> str:
     """Return the message of an error, and what was noted about it on its way."""
-    return "; ".join([str(error), *getattr(error, "__notes__", [])])
+    return "; ".join(filter(None, [str(error), *getattr(error, "__notes__", [])]))
 
 
 def _left(error: BaseException) -> str:

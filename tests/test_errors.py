@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lorap.cli import app
+from lorap.ops.lowrank import awsvd
 from tests.tiny_models import save_tiny_checkpoint, tiny_model
 
 
@@ -471,6 +472,29 @@ def test_a_full_disk_or_memory_is_a_sentence(
     monkeypatch.setattr("lorap.pipeline.factors.awsvd", refuse)
     fails(bench.arguments(), 1, *fragments)
     nothing_written(bench)
+
+
+def test_what_needs_less_memory_and_keeps_what_is_finished(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def scarce(*arguments: Any) -> Any:
+        calls.append(1)
+        # Of four matrices in a layer.
+        if len(calls) > 4:
+            raise MemoryError
+        return awsvd(*arguments)
+
+    monkeypatch.setattr("lorap.pipeline.factors.awsvd", scarce)
+    fails(
+        bench.arguments(), 1, "--activations cpu or disk, which --resume allows to change; what was"
+    )
+    monkeypatch.undo()
+    resumed = CliRunner().invoke(app, [*bench.arguments(), "--resume", "--activations", "disk"])
+    assert resumed.exit_code == 0, resumed.output
+    report = json.loads((bench.output / "lorap_report.json").read_text())
+    assert report["resumed_layers"] >= 1
 
 
 def test_a_defect_is_not_hidden(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
