@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lorap.ops import lowrank
 from lorap.ops.marginal import divergence_sum
 from lorap.ops.mgaa import cosine_sum
+from lorap.ops.precision import all_finite
 from lorap.ops.statistics import (
     cross_moment,
     second_moment,
@@ -163,3 +165,30 @@ def test_spare_directions_take_no_square_of_the_inputs() -> None:
     W, scale = torch.eye(2, 400), torch.zeros(400)
     scale[0] = 1
     assert max(size for _, size in allocations(lowrank.awsvd, W, scale, 2)) == W.numel()
+
+
+@pytest.mark.spec("algorithm.sequence")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_seen_wherever_it_stands(value: float, dtype: torch.dtype) -> None:
+    """In whole vectors of the processor, behind them, and where rows are not in a row."""
+    for size in (1, 3, 8, 33, 64, 70_001):
+        tensor = torch.linspace(-2, 2, size, dtype=dtype)
+        assert all_finite(tensor)
+        for place in {0, size // 3, size - 1}:
+            bad = tensor.clone()
+            bad[place] = value
+            assert not all_finite(bad)
+    table = torch.zeros(5, 6, dtype=dtype)
+    table[3, 4] = value
+    assert not all_finite(table.T)
+    assert not all_finite(table[:, ::2])
+    assert all_finite(table[::2])
+    assert all_finite(table[:0])
+    assert not all_finite(table[3, 4])
+    assert all_finite(torch.full((3,), torch.finfo(dtype).max, dtype=dtype))
+
+
+@pytest.mark.spec("algorithm.sequence")
+def test_to_see_that_all_is_finite_takes_no_memory() -> None:
+    assert max(size for _, size in allocations(all_finite, torch.ones(999))) == 2

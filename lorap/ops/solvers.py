@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lorap.ops.precision import all_finite
+
 ROOM = 10.0
 """Times ``max(m, n) * eps * lambda_1``: what rounding may do to an eigenvalue of a Gram matrix."""
 
@@ -80,7 +82,7 @@ def gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     tall = matrix.shape[0] > matrix.shape[1]
     short = matrix.T if tall else matrix
     product = short @ short.T
-    if not torch.isfinite(product).all():
+    if not all_finite(product):
         return None
     eigenvalues, vectors = torch.linalg.eigh(product)
     eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)

@@ -15,6 +15,7 @@ from lorap.config import CompressionConfig
 from lorap.errors import LorapError
 from lorap.families import Family, LayerStructure
 from lorap.families.fused import split
+from lorap.ops.precision import all_finite
 from lorap.pipeline.activations import Kept, Store, choose_place
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Batch:
         LorapError
             If it is not finite.
         """
-        if not torch.isfinite(output).all():
+        if not all_finite(output):
             raise LorapError(
                 f"layers.{index}: the output of the layer holds NaN or inf; computed in "
                 f"{output.dtype}: a wider --dtype may help"
@@ -130,7 +131,7 @@ class Batch:
         """
         assert self.dense is not None
         output = self.run(layer, index, self.dense.load())
-        if not torch.isfinite(output).all():
+        if not all_finite(output):
             raise LorapError(
                 f"layers.{index}: the output of the uncompressed layer holds NaN or inf; computed "
                 f"in {output.dtype}: a wider --dtype may help"

@@ -7,20 +7,16 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from lorap.errors import LorapError
-
-_CHUNK_ELEMENTS = 1 << 22
-"""Elements looked at at a time: the workspace does not grow with a tensor."""
+from lorap.ops.precision import all_finite
 
 
 def check_weight(name: str, tensor: Tensor, what: str = "the weight") -> None:
     """Raise LorapError where a tensor is not finite."""
-    for part in torch.split(tensor.reshape(-1), _CHUNK_ELEMENTS):
-        if not torch.isfinite(part).all():
-            raise LorapError(f"{name}: {what} holds NaN or inf")
+    if not all_finite(tensor):
+        raise LorapError(f"{name}: {what} holds NaN or inf")
 
 
 class Inspection:

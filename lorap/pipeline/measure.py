@@ -20,7 +20,7 @@ from lorap.ops.heads import head_scores
 from lorap.ops.importance import group_scores, taylor_importance
 from lorap.ops.joint import stacked
 from lorap.ops.mgaa import cosine_sum
-from lorap.ops.precision import compute_dtype
+from lorap.ops.precision import all_finite, compute_dtype
 from lorap.ops.regression import removal_order
 from lorap.pipeline.activations import Kept, Store
 from lorap.pipeline.factors import STATISTICS, factorise
@@ -348,7 +348,7 @@ def _gradient_scores(
         by_input, *found = torch.autograd.grad(
             output, [hidden, *weights], grad_outputs=gradients[number].load()
         )
-        if not torch.isfinite(by_input).all():
+        if not all_finite(by_input):
             raise LorapError(
                 f"layers.{layer.index}: the gradient of the loss holds NaN or inf; computed in "
                 f"{output.dtype}: a wider --dtype may help"

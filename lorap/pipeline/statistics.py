@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorap.errors import LorapError
+from lorap.ops.precision import all_finite
 from lorap.ops.statistics import (
     feature_norms,
     second_moment,
@@ -245,7 +246,7 @@ def check_input(layer: nn.Module, module: str, index: int, totals: Iterable[Tens
     index : int
     totals : iterable of Tensor
     """
-    if not all(torch.isfinite(total).all() for total in totals):
+    if not all(all_finite(total) for total in totals):
         dtype = next(layer.parameters()).dtype
         raise LorapError(
             f"layers.{index}.{module}: its input holds NaN or inf; computed in {dtype}: a wider "

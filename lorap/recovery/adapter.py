@@ -13,6 +13,7 @@ from torch import Tensor
 from lorap.checkpoint.reader import CheckpointReader, read_json, read_tensors
 from lorap.errors import UsageError
 from lorap.ops.lora import scaling
+from lorap.ops.precision import all_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -181,6 +182,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UsageError(f"{file} holds no tensors")
     for name, tensor in tensors.items():
-        if not tensor.dtype.is_floating_point or not tensor.isfinite().all():
+        if not tensor.dtype.is_floating_point or not all_finite(tensor):
             raise UsageError(f"{file}: {name}: expected finite floating-point numbers")
     return tensors
