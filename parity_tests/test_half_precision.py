@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import event, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from lorap.ops import importance, lowrank, pca
@@ -145,19 +145,24 @@ def test_group_importance(
 
 @pytest.mark.spec("lowrank.apply", "precision.compute")
 @given(problem=half_problems(), count=st.integers(1, 5), dtype=halves, seed=own.seeds)
+@example(
+    problem=own.Problem(np.ones((3, 1)), np.ones(1), 1), count=1, dtype=torch.float16, seed=205148
+)
 def test_low_rank_apply(problem: own.Problem, count: int, dtype: torch.dtype, seed: int) -> None:
     rng = np.random.default_rng(seed)
     (m, n), r = problem.W.shape, problem.rank
     L, R, X = (
         own.pair(rng.uniform(-1, 1, shape), "c", dtype) for shape in ((m, r), (r, n), (count, n))
     )
-    mine = lowrank.low_rank_apply(L.tensor, R.tensor, X.tensor)
+    mine, about = lowrank.low_rank_apply(L.tensor, R.tensor, X.tensor), torch.finfo(dtype)
     assert mine.dtype == dtype
     compare.close(
         name("low-rank apply", dtype),
         mine,
         reference_lowrank.low_rank_apply(L.array, R.array, X.array),
-        tolerances.low_rank_apply(L.array, R.array, X.array, torch.finfo(dtype).eps),
+        tolerances.low_rank_apply(
+            L.array, R.array, X.array, about.eps, about.smallest_normal * about.eps
+        ),
     )
 
 

@@ -204,14 +204,16 @@ def weighted_error(entries: int, eps: float) -> float:
     return difference + positive_sum(entries + 4)
 
 
-def low_rank_apply(L: Array, R: Array, X: Array, eps: float) -> Array:
+def low_rank_apply(L: Array, R: Array, X: Array, eps: float, spacing: float = 0.0) -> Array:
     """Entry-by-entry distance of ``L R x``.
 
     An inner product of n terms errs by at most ``n * eps / 2`` of the sum of the magnitudes of its
-    terms, in any order; two of them in a row, of d_in and of r terms, on both sides.
+    terms, in any order; two of them in a row, of d_in and of r terms, on both sides. What is stored
+    of either also errs by half the spacing of the dtype's smallest numbers, if those are near.
     """
     magnitude = (np.abs(X) @ np.abs(R).T) @ np.abs(L).T
-    return inner(L.shape[1] + R.shape[1], magnitude, eps)
+    small = spacing / 2 * (1 + np.sum(np.abs(L), axis=1))
+    return np.asarray(inner(L.shape[1] + R.shape[1], magnitude, eps) + small)
 
 
 def updated(
