@@ -462,6 +462,20 @@ def rivals(problem: own.Problem, L: own.Array, R: own.Array, seed: int) -> Itera
 @both_sides
 @given(problem=own.problems(), seed=own.seeds)
 @example(problem=own.Problem(np.diag([2.0, 1.0]), np.array([1.0, 4.0]), 1), seed=0)
+@example(
+    problem=own.Problem(
+        own.from_spectrum((12, 6), "condition_1e12", 1.0, 111),
+        own.norm_vector(6, "dead", 1.0, 111),
+        3,
+    ),
+    seed=0,
+)
+@example(
+    problem=own.Problem(
+        own.from_spectrum((16, 23), "geometric", 1.0, 41), own.norm_vector(23, "dead", 1.0, 41), 12
+    ),
+    seed=0,
+)
 def test_no_product_of_the_same_rank_has_a_smaller_error(
     side: Side, problem: own.Problem, seed: int
 ) -> None:

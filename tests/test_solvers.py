@@ -138,6 +138,26 @@ def decomposed(
     monkeypatch.setattr(torch.linalg, "eigh", lambda _: (found.flip(0), axes.flip(1)))
 
 
+@pytest.mark.spec("solver.gram", "awsvd.energy")
+@pytest.mark.parametrize("height", [3, 4])
+@pytest.mark.parametrize("third", [0.0, 1.0])
+def test_what_is_cut_off_is_corrected_as_what_is_kept_is(
+    third: float, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second axis and the third are turned by 5e-8 into each other."""
+    matrix = torch.zeros(height, 3, dtype=torch.float64)
+    matrix[:3] = torch.diag(torch.tensor([3.0, 2.0, third], dtype=torch.float64))
+    vectors = torch.eye(3, dtype=torch.float64)
+    cosine, sine = math.cos(5e-8), math.sin(5e-8)
+    vectors[1:, 1:] = torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64)
+    decomposed(monkeypatch, [9.0, 4.0, third**2], vectors)
+    found = solvers.gram(matrix, 2)
+    assert found is not None
+    basis, values = found
+    assert values.tolist() == pytest.approx([3.0, 2.0, third], abs=1e-14)
+    torch.testing.assert_close(basis.abs(), torch.eye(height, 2).double(), rtol=0, atol=1e-14)
+
+
 def turned(size: float) -> Tensor:
     """Two axes turned so that the correction is of a given size: half the tangent of twice."""
     angle = math.atan(2 * size) / 2

@@ -101,7 +101,7 @@ def gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
         if not (float(gaps.min()) > 0 and size <= TURN):
             return None
         if size <= EXACT:
-            rows[:rank] += turn @ rows[rank:]
+            rows = torch.cat([rows[:rank] + turn @ rows[rank:], rows[rank:] - turn.T @ rows[:rank]])
             kept = torch.linalg.qr(kept + rest @ turn.T).Q
             break
         turned = torch.cat([kept + rest @ turn.T, rest - kept @ turn], dim=1)
