@@ -828,6 +828,8 @@ def test_the_recorded_order_of_removals_is_the_cheapest(
     save_file(arrays, file)
     found = breaches(audit(original, output))
     assert caught == ("removals" in {c.name for c in found.get("layers.1.mlp.losses", ())})
+    # The probe is without the channels that come first in this order.
+    assert caught == ("layers.1.mlp.divergence" in found)
 
 
 @pytest.mark.parametrize("channel", [-1, 999, None], ids=str)
