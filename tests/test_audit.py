@@ -814,6 +814,28 @@ def test_removals_that_rounding_decides_pass(seed: int, dtype: torch.dtype, tmp_
 
 
 @pytest.mark.parametrize(
+    ("method", "dtype", "samples", "seed"),
+    [
+        ("heads, refitted", torch.float32, 8, 107),
+        ("heads, refitted", torch.bfloat16, 1, 111),
+        ("best", torch.float16, 1, 101),
+        ("best", torch.bfloat16, 1, 101),
+        ("best", torch.bfloat16, 1, 110),
+        ("staged heads", torch.bfloat16, 1, 111),
+    ],
+    ids=str,
+)
+def test_a_share_that_two_runs_have_in_common_by_chance_passes(
+    method: str, dtype: torch.dtype, samples: int, seed: int, tmp_path: Path
+) -> None:
+    """Of the outputs, or of the energy (the last but one): rounding moves it all the same."""
+    save_tiny_checkpoint(tmp_path / "original", seed=seed, dtype=dtype, **VARIANTS["gqa"])
+    ids = token_ids(samples, 24, seed=seed)
+    output = compress(tmp_path / "original", tmp_path / "out", ids, **METHODS[method])
+    assert_passes(audit(tmp_path / "original", output))
+
+
+@pytest.mark.parametrize(
     ("places", "caught"), [((0, -1), True), ((10, 30), True), ((5, 5), False)], ids=str
 )
 def test_the_recorded_order_of_removals_is_the_cheapest(

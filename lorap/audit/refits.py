@@ -69,9 +69,9 @@ def refit_checks(
     columns = heads.head_rows(kept, W.shape[1], module.shape[0])
     if settings.update != "none":
         checks.append(_update_check(context, role, W, found, held[name].dtype, moment, columns))
-    whole = np.zeros_like(W)
-    whole[:, columns] = found
-    return [*checks, _error_check(context, W, whole, moment, said)]
+    lost = W.copy()
+    lost[:, columns] -= found
+    return [*checks, error_check(context, Pair(lost, lost), Pair(W, W), moment, said)]
 
 
 def _update_check(
@@ -113,19 +113,50 @@ def _update_check(
     return Check(f"{role}: error of the outputs above the optimum", excess / total, bound / total)
 
 
-def _error_check(
-    context: Context, W: Array, whole: Array, moment: Pair[Array], said: Mapping[str, Any]
+def error_check(
+    context: Context,
+    lost: Pair[Array],
+    W: Pair[Array],
+    moment: Pair[Array],
+    said: Mapping[str, Any],
+    floor: float = 0.0,
 ) -> Check:
-    """Compare the share of the outputs that is lost with the report's."""
+    """Compare the share of the outputs that is lost with the report's.
 
-    def share(C: Array) -> float:
-        size = pca.output_error(W, np.zeros_like(W), C)
-        return float(np.sqrt(pca.output_error(W, whole, C) / size)) if size else 0.0
+    Two runs can give nearly one share by chance, though rounding moves it. So the noise is also
+    what their error moments, which are matrices, differ by.
 
-    expected = share(moment.exact)
-    noise = ROOM_RMS * (abs(share(moment.rounded) - expected) + context.compute.eps / 16)
+    Parameters
+    ----------
+    context : Context
+    lost : Pair of (d_out, d_in)
+        What of the weights is lost.
+    W : Pair of (d_out, d_in)
+    moment : Pair of (d_in, d_in)
+        Of their input.
+    said : mapping
+        What the report says of the module.
+    floor : float
+        Added to the bound.
+    """
+    errors, outputs = (
+        Pair(*(x @ C @ x.T for x, C in zip(weights, moment, strict=True))) for weights in (lost, W)
+    )
+    squares, sizes = (
+        [float(np.sum(np.maximum(np.diag(found), 0))) for found in pair]
+        for pair in (errors, outputs)
+    )
+    shares = [a / size if size else 0.0 for a, size in zip(squares, sizes, strict=True)]
+    expected, other = np.sqrt(shares)
+    moved = float(np.linalg.norm(errors.rounded - errors.exact))
+    moved += shares[0] * float(np.linalg.norm(outputs.rounded - outputs.exact))
+    moved /= sizes[0] or 1.0
+    # Of a square s^2 that is moved by m the root moves by m / 2s, and by no more than that of m.
+    moved = min(moved / (2 * expected), np.sqrt(moved)) if expected else np.sqrt(moved)
+    noise = float(np.hypot(other - expected, moved)) + context.compute.eps / 16
     key = "relative_output_error"
-    return number("report: relative output error", expected, said, key, noise)
+    bound = ROOM_RMS * noise + floor
+    return number("report: relative output error", float(expected), said, key, bound)
 
 
 def removal_checks(
