@@ -821,14 +821,19 @@ def test_removals_that_rounding_decides_pass(seed: int, dtype: torch.dtype, tmp_
         ("best", torch.float16, 1, 101),
         ("best", torch.bfloat16, 1, 101),
         ("best", torch.bfloat16, 1, 110),
+        ("best", torch.float16, 1, 211),
+        ("marginal", torch.bfloat16, 1, 208),
         ("staged heads", torch.bfloat16, 1, 111),
     ],
     ids=str,
 )
-def test_a_share_that_two_runs_have_in_common_by_chance_passes(
+def test_a_share_that_rounding_moves_passes(
     method: str, dtype: torch.dtype, samples: int, seed: int, tmp_path: Path
 ) -> None:
-    """Of the outputs, or of the energy (the last but one): rounding moves it all the same."""
+    """Two runs can be near each other by chance, of outputs or of the energy (seed 110).
+
+    And weights fitted to few tokens lose next to nothing of these, and more of any others.
+    """
     save_tiny_checkpoint(tmp_path / "original", seed=seed, dtype=dtype, **VARIANTS["gqa"])
     ids = token_ids(samples, 24, seed=seed)
     output = compress(tmp_path / "original", tmp_path / "out", ids, **METHODS[method])

@@ -33,7 +33,7 @@ from lorap.audit.inputs import (
     low_rank_method,
     needed,
 )
-from lorap.audit.refits import READER, error_check, removal_checks
+from lorap.audit.refits import READER, error_check, removal_checks, stored_fit
 from lorap.audit.results import Check, ModuleAudit
 from lorap.audit.rounding import SPREADS, product_variance, variance
 from lorap.audit.selections import (
@@ -597,10 +597,14 @@ def _block_checks(
     columns = heads.head_rows(kept, target.exact.shape[1], units)
 
     name = f"{linear_name(context.reader.family, reader)}.weight"
-    lost = Pair(target.exact.copy(), target.rounded.copy())
-    for rest, own in zip(lost, made, strict=True):
-        rest[:, columns] -= own[name].double().numpy()
-    return [*checks, error_check(context, lost, target, stage.moment, said, FLOOR)]
+    new = Pair(np.zeros_like(target.exact), np.zeros_like(target.rounded))
+    for whole, own in zip(new, made, strict=True):
+        whole[:, columns] = own[name].double().numpy()
+    fit = None
+    if not settings.refine:
+        C = stage.moment.rounded
+        fit = stored_fit(context, target.rounded, C, columns, held[name].dtype)
+    return [*checks, error_check(context, new, target, stage.moment, said, fit, FLOOR)]
 
 
 def _selection(
