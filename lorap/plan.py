@@ -220,6 +220,11 @@ class Measurements:
     divergences: dict[str, float] = field(default_factory=dict)
     scores: dict[int, dict[Sublayer, Tensor]] = field(default_factory=dict)
 
+    @property
+    def of_modules(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of modules by path, under the names that they are recorded by."""
+        return {"spectrum": self.spectra, "losses": self.losses, "removals": self.removals}
+
     def similarities_of(self, layer: int) -> dict[str, float] | None:
         """Return the similarities of a layer's sub-layers; None where they were not measured."""
         found = {sub: value for (at, sub), value in self.similarities.items() if at == layer}
@@ -239,18 +244,13 @@ class Measurements:
             For the scores.
         """
         found = cls()
+        of_modules = found.of_modules
         for full, tensor in tensors.items():
             index, _, rest = full.removeprefix(f"{layers_path}.").partition(".")
             name, _, kind = rest.rpartition(".")
             path = f"layers.{index}.{name}"
-            if kind == "spectrum":
-                found.spectra[path] = tensor
-                continue
-            if kind == "losses":
-                found.losses[path] = tensor
-                continue
-            if kind == "removals":
-                found.removals[path] = tensor
+            if kind in of_modules:
+                of_modules[kind][path] = tensor
                 continue
             if kind == "divergence":
                 found.divergences[path] = float(tensor)
@@ -263,11 +263,11 @@ class Measurements:
         return found
 
     def tensors(self, layers_path: str) -> dict[str, Tensor]:
-        """Return all that was measured as tensors, float64, under the names of the layers.
+        """Return all that was measured as tensors, under the names of the layers.
 
         ``{layers_path}.3.mha.similarity`` (a scalar), ``...3.self_attn.q_proj.spectrum``,
-        ``...3.mlp.losses``, ``...3.mlp.removals`` (int64), ``...3.mlp.divergence`` (a scalar),
-        ``...3.ffn.scores``.
+        ``...3.mlp.losses``, ``...3.mlp.removals``, ``...3.mlp.divergence`` (a scalar),
+        ``...3.ffn.scores``; float64, but for the removals.
 
         Parameters
         ----------
@@ -280,16 +280,11 @@ class Measurements:
         for (layer, sublayer), value in self.similarities.items():
             name = f"{layers_path}.{layer}.{sublayer}.similarity"
             named[name] = torch.tensor(value, dtype=torch.float64)
-        of_modules = {
-            "spectrum": self.spectra,
-            "losses": self.losses,
-            "removals": self.removals,
-            "divergence": {
-                path: torch.tensor(value, dtype=torch.float64)
-                for path, value in self.divergences.items()
-            },
+        divergences = {
+            path: torch.tensor(value, dtype=torch.float64)
+            for path, value in self.divergences.items()
         }
-        for kind, found in of_modules.items():
+        for kind, found in {**self.of_modules, "divergence": divergences}.items():
             for path, values in found.items():
                 named[f"{layers_path}.{path.removeprefix('layers.')}.{kind}"] = values
         for layer, by_sublayer in self.scores.items():

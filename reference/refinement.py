@@ -134,14 +134,14 @@ def step_length(J: float, slope: float, trial: float, J_trial: float) -> float:
     J, slope : float
         Loss and slope at 0; the slope is negative.
     trial : float
-        Positive.
+        Positive; 0 once a descent that is stuck has made it too short for a double.
     J_trial : float
         Loss there.
 
     Returns
     -------
     float
-        Positive, at most ``WIDEST`` trials; that many where the parabola has no minimum, and one
+        At most ``WIDEST`` trials; that many where the parabola has no minimum, and one
         ``WIDEST``-th of the trial where the loss there is not finite.
 
     Notes

@@ -146,16 +146,17 @@ def test_a_jump_to_the_dense_matrix_is_seen(side: Side) -> None:
 
 
 def measured(divergences: dict[str, float], hidden: int = 32, width: int = 48) -> Measurements:
-    """Measurements of the tiny model: flat spectra, equal losses, divergences by name."""
-    spectra, losses, found = {}, {}, {}
+    """Measurements of the tiny model: flat spectra, equal losses in order, divergences by name."""
+    spectra, losses, removals, found = {}, {}, {}, {}
     for layer in range(3):
         for name in ("q", "k", "v", "o"):
             path = f"layers.{layer}.self_attn.{name}_proj"
             spectra[path] = torch.ones(16 if name in "kv" else hidden, dtype=torch.float64)
             found[path] = divergences.get(name, 1.0)
         losses[f"layers.{layer}.mlp"] = torch.ones(width - 1, dtype=torch.float64)
+        removals[f"layers.{layer}.mlp"] = torch.arange(1, width)
         found[f"layers.{layer}.mlp"] = divergences.get("mlp", 1.0)
-    return Measurements(spectra=spectra, losses=losses, divergences=found)
+    return Measurements(spectra=spectra, losses=losses, removals=removals, divergences=found)
 
 
 @pytest.mark.spec("marginal.plan")
@@ -402,12 +403,14 @@ def test_the_divergence_is_that_of_the_model_that_has_the_module_small(tmp_path:
 
 
 def test_a_resumed_run_plans_by_what_it_measured(tmp_path: Path) -> None:
-    """The curves come back from the journal bit by bit."""
+    """The curves and the removals come back from the journal bit by bit."""
     known = measured({"q": 0.25})
     again = Measurements.of_tensors(
         known.tensors("model.layers"), "model.layers", torch.device("cpu")
     )
     assert again.divergences == known.divergences
-    for ours, theirs in ((again.losses, known.losses), (again.spectra, known.spectra)):
+    for kind, theirs in known.of_modules.items():
+        ours = again.of_modules[kind]
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[path], theirs[path]) for path in theirs)
+        assert all(ours[path].dtype == theirs[path].dtype for path in theirs)

@@ -1,4 +1,4 @@
-"""What the plan was measured by, recomputed from the original: similarities, spectra, losses.
+"""What the plan was measured by, recomputed from the original: similarities, spectra, removals.
 
 The divergences of probes are in :mod:`lorap.audit.probes`, the gradients in
 :mod:`lorap.audit.gradients`.

@@ -6,6 +6,7 @@ runs (SPEC, "Audit").
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,8 @@ def refit_checks(
         checks.append(_update_check(context, role, W, found, held[name].dtype, moment, columns))
     whole = np.zeros_like(W)
     whole[:, columns] = found
-    return [*checks, _error_check(context, W, whole, moment, said)]
+    fit = stored_fit(context, W, moment.rounded, columns, held[name].dtype)
+    return [*checks, error_check(context, Pair(whole, whole), Pair(W, W), moment, said, fit)]
 
 
 def _update_check(
@@ -113,19 +115,89 @@ def _update_check(
     return Check(f"{role}: error of the outputs above the optimum", excess / total, bound / total)
 
 
-def _error_check(
-    context: Context, W: Array, whole: Array, moment: Pair[Array], said: Mapping[str, Any]
+def error_check(
+    context: Context,
+    new: Pair[Array],
+    W: Pair[Array],
+    moment: Pair[Array],
+    said: Mapping[str, Any],
+    fit: Array | None = None,
+    floor: float = 0.0,
 ) -> Check:
-    """Compare the share of the outputs that is lost with the report's."""
+    """Compare the share of the outputs that is lost with the report's.
 
-    def share(C: Array) -> float:
+    Two runs can give nearly one share by chance, though rounding moves it: so the noise takes in
+    how far apart the moments of what is lost are, which are matrices. And weights lose less of the
+    inputs that they were fitted to than of others: so it takes in what a fit of the rounded run
+    loses of its own inputs and of the exact ones.
+
+    Parameters
+    ----------
+    context : Context
+    new : Pair of (d_out, d_in)
+        What is left of the weights, 0 for what is gone.
+    W : Pair of (d_out, d_in)
+    moment : Pair of (d_in, d_in)
+        Of their input.
+    said : mapping
+        What the report says of the module.
+    fit : (d_out, d_in), optional
+        What the rounded run would leave, as stored; where `new` is what the checkpoint holds.
+    floor : float
+        Added to the bound.
+    """
+
+    def share(new: Array, W: Array, C: Array) -> float:
         size = pca.output_error(W, np.zeros_like(W), C)
-        return float(np.sqrt(pca.output_error(W, whole, C) / size)) if size else 0.0
+        return float(np.sqrt(pca.output_error(W, new, C) / size)) if size else 0.0
 
-    expected = share(moment.exact)
-    noise = ROOM_RMS * (abs(share(moment.rounded) - expected) + context.compute.eps / 16)
-    key = "relative_output_error"
-    return number("report: relative output error", expected, said, key, noise)
+    expected, other = (share(*run) for run in zip(new, W, moment, strict=True))
+    lost = [w - kept for w, kept in zip(W, new, strict=True)]
+    errors, outputs = (
+        Pair(*(x @ C @ x.T for x, C in zip(weights, moment, strict=True))) for weights in (lost, W)
+    )
+    moved = float(np.linalg.norm(errors.rounded - errors.exact))
+    moved += expected**2 * float(np.linalg.norm(outputs.rounded - outputs.exact))
+    moved /= float(np.trace(outputs.exact)) or 1.0
+    # A square s^2 that moves by m takes its root along by m / 2s, and by no more than that of m.
+    moved = min(moved / (2 * expected), np.sqrt(moved)) if expected else np.sqrt(moved)
+    fitted = 0.0
+    if fit is not None:
+        of_others, of_own = (share(fit, w, C) for w, C in zip(W, moment, strict=True))
+        fitted = of_others - of_own
+    noise = math.hypot(other - expected, moved, fitted) + context.compute.eps / 16
+    bound = ROOM_RMS * noise + floor
+    return number("report: relative output error", expected, said, "relative_output_error", bound)
+
+
+def stored_fit(
+    context: Context,
+    W: Array,
+    C: Array,
+    columns: NDArray[np.int64],
+    dtype: torch.dtype,
+) -> Array | None:
+    """Return the weights refitted to a moment, as stored, 0 for what is gone.
+
+    None where there were no least squares.
+
+    Parameters
+    ----------
+    context : Context
+    W : (d_out, d_in)
+    C : (d_in, d_in)
+    columns : (k,)
+        What stays.
+    dtype : torch.dtype
+        Of the storage.
+    """
+    settings = context.record.settings
+    if settings.update == "none":
+        return None
+    fit = np.zeros_like(W)
+    best = regression.least_squares_update(W, C, columns, settings.ridge)
+    fit[:, columns] = torch.from_numpy(best).to(dtype).double().numpy()
+    return fit
 
 
 def removal_checks(

@@ -33,7 +33,7 @@ from lorap.audit.inputs import (
     low_rank_method,
     needed,
 )
-from lorap.audit.refits import READER, removal_checks
+from lorap.audit.refits import READER, error_check, removal_checks, stored_fit
 from lorap.audit.results import Check, ModuleAudit
 from lorap.audit.rounding import SPREADS, product_variance, variance
 from lorap.audit.selections import (
@@ -366,9 +366,18 @@ def _kept(context: Context, module: Module) -> NDArray[np.int64] | None:
     return kept if kept.size else None
 
 
-def _share(context: Context, exact: float, rounded: float) -> float:
-    """Bound on a share that the report gives, from what the two runs give."""
-    return ROOM_RMS * (abs(rounded - exact) + context.compute.eps / 16) + FLOOR
+def _share(context: Context, exact: float, rounded: float, moved: float = 0.0) -> float:
+    """Bound on a share that the report gives, from what the two runs give.
+
+    Parameters
+    ----------
+    context : Context
+    exact, rounded : float
+    moved : float
+        How far rounding may move it where the two are near each other by chance.
+    """
+    noise = float(np.hypot(rounded - exact, moved))
+    return ROOM_RMS * (noise + context.compute.eps / 16) + FLOOR
 
 
 # --- single matrices -----------------------------------------------------------------------------
@@ -497,7 +506,10 @@ def _factor_checks(
     key = "relative_weighted_error"
     checks.append(number("report: relative weighted error", error, said, key, allowed))
     energy = Pair(*(lowrank.retained_energy(found[2], r) for found in (best.exact, best.rounded)))
-    allowed = _share(context, energy.exact, energy.rounded)
+    squares = Pair(*(found[2] ** 2 for found in (best.exact, best.rounded)))
+    moved = float(np.linalg.norm(squares.rounded - squares.exact))
+    moved /= float(np.sum(squares.exact)) or 1.0
+    allowed = _share(context, energy.exact, energy.rounded, moved)
     key = "retained_energy"
     checks.append(number("report: retained energy", energy.exact, said, key, allowed))
     return [*checks, *_bias_checks(context, names, method, W, L, R, stage, given, held)]
@@ -584,16 +596,15 @@ def _block_checks(
         return checks
     columns = heads.head_rows(kept, target.exact.shape[1], units)
 
-    def lost(own: Mapping[str, Tensor], W: Array, C: Array) -> float:
-        whole = np.zeros_like(W)
-        whole[:, columns] = own[f"{linear_name(context.reader.family, reader)}.weight"].double()
-        size = pca.output_error(W, np.zeros_like(W), C)
-        return float(np.sqrt(pca.output_error(W, whole, C) / size)) if size else 0.0
-
-    expected, other = (lost(*run) for run in zip(made, target, stage.moment, strict=True))
-    allowed = _share(context, expected, other)
-    key = "relative_output_error"
-    return [*checks, number("report: relative output error", expected, said, key, allowed)]
+    name = f"{linear_name(context.reader.family, reader)}.weight"
+    new = Pair(np.zeros_like(target.exact), np.zeros_like(target.rounded))
+    for whole, own in zip(new, made, strict=True):
+        whole[:, columns] = own[name].double().numpy()
+    fit = None
+    if not settings.refine:
+        C = stage.moment.rounded
+        fit = stored_fit(context, target.rounded, C, columns, held[name].dtype)
+    return [*checks, error_check(context, new, target, stage.moment, said, fit, FLOOR)]
 
 
 def _selection(

@@ -136,13 +136,13 @@ def step_length(loss: float, slope: float, trial: float, loss_at_trial: float) -
     loss, slope : float
         At 0; the slope is negative.
     trial : float
-        Positive.
+        Positive; 0 once a descent that is stuck has made it too short for a double.
     loss_at_trial : float
 
     Returns
     -------
     float
-        Positive, at most ``WIDEST`` trials; that many where the parabola has no minimum, and one
+        At most ``WIDEST`` trials; that many where the parabola has no minimum, and one
         ``WIDEST``-th of the trial where the loss there is not finite.
 
     Notes

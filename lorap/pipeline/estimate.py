@@ -33,7 +33,7 @@ CUBLAS = 32 * 2**20
 """What torch sets aside for cuBLAS on a GPU."""
 
 CHUNK = 1 << 22
-"""Elements that the statistics widen to float64 at a time."""
+"""Elements that the statistics widen to float64 at a time, at most: fewer for sums on a CPU."""
 
 LARGE_BLOCK = 32 * 2**20
 """Blocks from this size on go back to the system when they are freed, whatever glibc's threshold
@@ -147,9 +147,9 @@ def forward_workspace(
 
     The residual stream, a block's input and output and one more, ``4 T d``; with it the largest of
     three tensors as wide as the feed-forward block (the two factors of the product and itself), the
-    product and two chunks of it in float64 (its sum of squares), six as wide as the queries (the
-    rotation of q and k), with the eager kernel the scores of attention and their softmax in
-    float32, and three of the stream in float32 (its norm).
+    product and two chunks of it in float64 (its sum of squares; a CPU takes smaller ones), six as
+    wide as the queries (the rotation of q and k), with the eager kernel the scores of attention and
+    their softmax in float32, and three of the stream in float32 (its norm).
 
     Parameters
     ----------

@@ -262,7 +262,7 @@ def _measure_forward_(
         return shape.numel() * min(shape) if is_factored(job[1]) else shape[1] ** 3
 
     def errors(job: tuple[str, ModulePlan]) -> Result:
-        """Singular values of what is factored, losses of what loses channels."""
+        """Singular values of what is factored, removals and losses of what loses channels."""
         module = job[1]
         given = inputs.get(INPUT_OF[module.roles[0]])
         if is_factored(module):
@@ -278,14 +278,9 @@ def _measure_forward_(
         for job in layer.plan.items()
         if not job[1].untouched and (is_factored(job[1]) or config.is_marginal)
     ]
-    kept = {
-        "spectrum": measured.spectra,
-        "losses": measured.losses,
-        "removals": measured.removals,
-    }
     for (name, _), (found, _) in processes.each(jobs, cost, errors):
         for kind, values in found.items():
-            kept[kind][f"layers.{layer.index}.{name}"] = values
+            measured.of_modules[kind][f"layers.{layer.index}.{name}"] = values
     return inputs
 
 
