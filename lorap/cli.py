@@ -454,7 +454,7 @@ _Seqlen = Annotated[
 _Seed = Annotated[int | None, typer.Option(help="Seed of the choice of samples.", show_default="0")]
 _BatchSize = Annotated[
     int | None,
-    typer.Option(help="Samples in one forward.", show_default="about 2048 tokens, 8192 on a GPU"),
+    typer.Option(help="Samples in one forward.", show_default="about 1024 tokens, 8192 on a GPU"),
 ]
 _Device = Annotated[
     str | None,

@@ -182,7 +182,7 @@ class CompressionConfig:
     seed : int
         Of the choice of calibration samples.
     batch_size : int or None
-        Samples in a forward; None takes about 2048 tokens on a CPU, 8192 on a GPU.
+        Samples in a forward; None takes about 1024 tokens on a CPU, 8192 on a GPU.
     device : {"auto", "cpu", "cuda"}
         ``auto`` takes the GPU where there is one; a model in memory stays where it is.
     activations : {"auto", "device", "cpu", "disk"}

@@ -21,7 +21,7 @@ from lorap.pipeline.activations import Kept, Store, choose_place
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
 """Tokens in a calibration forward where the user gives no batch size, by the kind of device: as
 many as keep it busy."""
 
