@@ -38,7 +38,6 @@ import argparse
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -51,6 +50,7 @@ from torch import Tensor, nn
 
 import lorap
 from bench.models import SHAPES, Shape, write
+from bench.timing import now
 from lorap import CompressionConfig
 from lorap.families import family_of
 from lorap.ops.lowrank import awsvd
@@ -154,13 +154,6 @@ class Baseline:
         start = now(device)
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + now(device) - start
-
-
-def now(device: torch.device) -> float:
-    """Return the time, once the device has done all that it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def compress_literally(model: Any, ids: Tensor, plan: Plan) -> Baseline:

@@ -304,6 +304,7 @@ def disk_to_disk(
         sizes = replace(whole, layers=layers or whole.layers)
         model = _model(machine.folder, shape, sizes)
         request = {
+            "task": "compress",
             "model": str(model),
             "output": str(machine.folder / "out"),
             "samples": samples,
@@ -312,16 +313,9 @@ def disk_to_disk(
             "vocabulary": sizes.vocabulary,
         }
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.gpu", "--child", json.dumps(request)],
-            cwd=ROOT,
-            env=dict(machine.environment),
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
+        printed = _run([sys.executable, "-m", "bench.gpu", "--child", json.dumps(request)], machine)
         wall = time.perf_counter() - start
-        found: Values = json.loads(done.stdout.splitlines()[-1])
+        found: Values = json.loads(printed.splitlines()[-1])
         shutil.rmtree(machine.folder / "out", ignore_errors=True)
         in_layers = sum(found.pop("layer seconds"))
         outside = found["seconds"] - in_layers
@@ -337,6 +331,127 @@ def disk_to_disk(
         }
 
     return work
+
+
+def shared_layer(shape: str, ratio: float) -> Task:
+    """Share a layer among several GPUs, on paper, from the parts that are measured on one."""
+
+    def work(_: Machine) -> Values:
+        from dataclasses import asdict
+
+        from bench.models import SHAPES
+        from bench.processes import share
+
+        sizes = replace(SHAPES[shape], layers=2)
+        rows = share(sizes, samples=128, ratio=ratio, device=torch.device("cuda"))
+        torch.cuda.empty_cache()
+        return {"rows": [asdict(row) | {"sum": row.whole} for row in rows]}
+
+    return work
+
+
+def exchange(device: str, count: int) -> Task:
+    """Exchange tensors; of several processes, compress with all, and compare with one.
+
+    Parameters
+    ----------
+    device : {"cuda", "cpu"}
+        By NCCL, which gives no two processes one GPU, or by gloo.
+    count : int
+        Processes. One is alone with NCCL.
+    """
+
+    def work(machine: Machine) -> Values:
+        import numpy as np
+
+        from bench.models import SHAPES
+
+        request = json.dumps({"task": "exchange", "device": device})
+        child = [*_torchrun(count), "-m", "bench.gpu", "--child", request]
+        found: Values = {"processes": count} | json.loads(_run(child, machine).splitlines()[-1])
+        if count == 1:
+            return found
+        sizes = replace(SHAPES["small"], layers=2)
+        model = _model(machine.folder, "small", sizes)
+        ids = np.random.default_rng(0).integers(3, sizes.vocabulary, (64, 128))
+        np.save(model / "ids.npy", ids)
+        outputs = []
+        for processes in (1, count):
+            outputs.append(machine.folder / f"from-{processes}")
+            options = ["--ratio", "0.4", "--samples", "64", "--device", device, "--overwrite"]
+            options += ["--calibration", str(model / "ids.npy"), "--output", str(outputs[-1])]
+            _run([*_torchrun(processes), "-m", "lorap", "compress", str(model), *options], machine)
+        found |= differences(*outputs)
+        for output in outputs:
+            shutil.rmtree(output)
+        return found
+
+    return work
+
+
+def differences(one: Path, other: Path) -> Values:
+    """Compare two compressed checkpoints: products of factors, all other tensors bit by bit.
+
+    Raises
+    ------
+    RuntimeError
+        If tensors or their shapes differ: another plan.
+    """
+    from safetensors.torch import load_file
+
+    first, second = (
+        {
+            name: tensor
+            for shard in sorted(folder.glob("model*.safetensors"))
+            for name, tensor in load_file(shard).items()
+        }
+        for folder in (one, other)
+    )
+    if {n: t.shape for n, t in first.items()} != {n: t.shape for n, t in second.items()}:
+        raise RuntimeError("the two have other tensors, or others' shapes")
+    worst, unlike = 0.0, []
+    for name, tensor in first.items():
+        if name.endswith(".left.weight"):
+            right = name.replace(".left.", ".right.")
+            products = [x[name].double() @ x[right].double() for x in (first, second)]
+            difference = torch.linalg.norm(products[0] - products[1])
+            worst = max(worst, float(difference / torch.linalg.norm(products[0])))
+        elif ".right." not in name and not torch.equal(tensor, second[name]):
+            unlike.append(name)
+    return {"largest relative difference of products": worst, "other tensors that differ": unlike}
+
+
+def exchange_child(request: Mapping[str, Any]) -> Values:
+    """Sum and send tensors, as a run of several processes does."""
+    import torch.distributed as dist
+
+    from lorap.pipeline.processes import join
+
+    with join() as processes:
+        device = processes.device(torch.device(request["device"]))
+        total = torch.ones(3, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        if total.tolist() != [processes.size] * 3:
+            raise RuntimeError(f"{processes.size} ones come to {total.tolist()}")
+        sent = torch.full((5,), processes.rank, dtype=torch.uint8, device=device)
+        dist.broadcast(sent, src=processes.size - 1)
+        if sent.tolist() != [processes.size - 1] * 5:
+            raise RuntimeError(f"process {processes.size - 1} sent {sent.tolist()}")
+        return {"backends": dist.get_backend_config()}
+
+
+def _torchrun(processes: int) -> list[str]:
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *words]
+
+
+def _run(command: Sequence[str], machine: Machine) -> str:
+    """Run a command in a process of its own; return what it prints on stdout."""
+    environment = dict(machine.environment)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout
 
 
 def _model(folder: Path, name: str, sizes: Any) -> Path:
@@ -401,6 +516,12 @@ def compress_child(request: Mapping[str, Any]) -> Values:
         "achieved ratio": report["achieved_ratio"],
     }
 
+
+CHILDREN: dict[str, Callable[[Mapping[str, Any]], Values]] = {
+    "compress": compress_child,
+    "exchange": exchange_child,
+}
+"""What is done in a process of its own, by the ``task`` of the request."""
 
 SOLVER_SHAPES = ("256x2048", "2048x2048", "4096x4096", "4096x11008")
 
@@ -468,6 +589,12 @@ STAGES: dict[str, Stage] = {
             for ranks in ((1228, 1228), (512, 512, 1536))
             for tokens in (1, 16, 64, 1024)
         },
+    ),
+    "processes": Stage(
+        "NCCL; two layers of LLaMA-7B, shared among up to 8 GPUs on paper",
+        {"exchange": exchange("cuda", torch.cuda.device_count())}
+        | {f"llama-7b {ratio}": shared_layer("llama-7b", ratio) for ratio in (0.2, 0.5)},
+        timed=False,
     ),
     "curves": Stage(
         "time and memory against width, depth, tokens and ratio",
@@ -610,17 +737,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, stage in STAGES.items():
             print(f"{name:12} {len(stage.tasks):2} tasks: {stage.about}")
         return 0
+    folder = given.folder.resolve()
+    environment = provide(folder / "stand-ins")
+    if given.child is not None:
+        request = json.loads(given.child)
+        print(json.dumps(CHILDREN[request["task"]](request)))
+        return 0
     if not torch.cuda.is_available():
         print(
             "bench.gpu: there is no CUDA device here, and every stage needs one; --list lists them",
             file=sys.stderr,
         )
         return 2
-    folder = given.folder.resolve()
-    environment = provide(folder / "stand-ins")
-    if given.child is not None:
-        print(json.dumps(compress_child(json.loads(given.child))))
-        return 0
     chosen = {name: STAGES[name] for name in given.stages or STAGES}
     failures = run_stages(
         chosen,

@@ -84,11 +84,112 @@ def subspace(
     return basis @ vectors.flip(1)[:, :rank], eigenvalues.flip(0).clamp(min=0).sqrt()
 
 
+def gram_refined(
+    matrix: Tensor, rank: int, *, corrections: int = 8
+) -> tuple[Tensor, Tensor] | None:
+    """Eigenvectors of the smaller Gram matrix in float32, refined to float64 by products alone.
+
+    Of the vectors on either side of the cut, those next to it, which float32 does not tell apart,
+    are found anew among themselves (Rayleigh and Ritz); the others are turned across the cut as
+    ``lorap.ops.solvers.gram`` does, to first order, as often as it takes. Newton and Schulz' step
+    keeps them orthonormal.
+
+    Parameters
+    ----------
+    matrix : (m, n)
+    rank : int
+    corrections : int
+        At most so many.
+
+    Returns
+    -------
+    basis, singular_values
+        Or None where that was not enough, or the vectors are turned too far for first order.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    short = matrix.T if tall else matrix
+    width = len(short) // 16
+    near = slice(max(0, rank - width), rank + width)
+    vectors = torch.linalg.eigh((short @ short.T).float()).eigenvectors.flip(1).double()
+    for _ in range(corrections):
+        vectors = 1.5 * vectors - 0.5 * (vectors @ (vectors.T @ vectors))
+        rows = vectors.T @ short
+        among = torch.linalg.eigh(rows[near] @ rows[near].T).eigenvectors.flip(1)
+        vectors[:, near], rows[near] = vectors[:, near] @ among, among.T @ rows[near]
+        squares = rows.square().sum(dim=1)
+        gaps = squares[:rank, None] - squares[None, rank:]
+        turn = (rows[:rank] @ rows[rank:].T) / gaps
+        size = float(torch.linalg.norm(turn))
+        if not size < 1:
+            return None
+        kept, rest = vectors[:, :rank], vectors[:, rank:]
+        vectors = torch.cat([kept + rest @ turn.T, rest - kept @ turn], dim=1)
+        if size <= solvers.EXACT:
+            values = squares.sort(descending=True).values.sqrt()
+            leading = vectors[:, :rank]
+            return torch.linalg.qr(matrix @ leading if tall else leading).Q, values
+    return None
+
+
+def spectral(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """Spectral divide and conquer: the projector onto the eigenvalues above the cut.
+
+    It is half of the identity and of the sign of the Gram matrix less the middle of the gap, which
+    dynamically weighted Halley iterations give (QDWH: Nakatsukasa, Bai and Gygi, SIAM J. Matrix
+    Anal. Appl. 31, 2010; by Cholesky's factors where they are accurate, section 4 there). All in
+    float64; the eigenvalues, for the middle, without their vectors. None where the last one that is
+    kept is not told from the rounding of the first.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    short = matrix.T if tall else matrix
+    product = short @ short.T
+    eigenvalues = torch.linalg.eigvalsh(product).flip(0)
+    values = eigenvalues.clamp(min=0).sqrt()
+    rounding = max(matrix.shape) * torch.finfo(matrix.dtype).eps * float(eigenvalues[0])
+    if not float(eigenvalues[rank - 1]) > solvers.RANGE * rounding:
+        return None
+    if rank == len(product):
+        return torch.linalg.qr(matrix).Q if tall else torch.eye(rank).to(matrix), values
+    middle = (eigenvalues[rank - 1] + eigenvalues[rank]) / 2
+    identity = torch.eye(len(product)).to(product)
+    sign = product - middle * identity
+    largest = float((eigenvalues - middle).abs().max())
+    sign /= largest
+    least = float((eigenvalues - middle).abs().min()) / largest
+    least = max(least, torch.finfo(product.dtype).eps)
+    while 1 - least > 1e-15:
+        square = least**2
+        d = (4 * (1 - square) / square**2) ** (1 / 3)
+        root = (1 + d) ** 0.5
+        a = root + 0.5 * (8 - 4 * d + 8 * (2 - square) / (square * root)) ** 0.5
+        b = (a - 1) ** 2 / 4
+        c = a + b - 1
+        if c > 100:
+            both = torch.linalg.qr(torch.cat([c**0.5 * sign, identity])).Q
+            first, second = both[: len(product)], both[len(product) :]
+            sign = b / c * sign + (a - b / c) / c**0.5 * (first @ second.T)
+        else:
+            factor = torch.linalg.cholesky(identity + c * (sign @ sign))
+            sign = b / c * sign + (a - b / c) * torch.cholesky_solve(sign, factor)
+        sign = (sign + sign.T) / 2
+        least = min(1.0, least * (a + b * square) / (1 + c * square))
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    leading = torch.randn(
+        len(product), rank, generator=generator, dtype=product.dtype, device=product.device
+    )
+    # Twice: what is random may lie badly.
+    for _ in range(2):
+        leading = torch.linalg.qr((leading + sign @ leading) / 2).Q
+    return torch.linalg.qr(matrix @ leading).Q if tall else leading, values
+
+
 SOLVERS: dict[str, Solver] = {
     "full SVD": full_svd,
     "gram": solvers.gram,
     "gram, float32": gram_single,
+    "gram, float32 refined": gram_refined,
     "subspace, 4 iterations": subspace,
+    "divide and conquer": spectral,
 }
 """The full SVD is what the others are compared with."""
 

@@ -14,6 +14,13 @@ def thread_clock() -> Callable[[], float]:
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
+def now(device: torch.device) -> float:
+    """Return the time on the wall, once the device has done all that it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Clock:
     """Measures seconds; on a GPU by events.
 
