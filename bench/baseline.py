@@ -353,7 +353,7 @@ def _random_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: 
     from transformers import AutoModelForCausalLM
 
     with TemporaryDirectory() as name:
-        write(shape, Path(name), dtype, seed)
+        write(shape, Path(name), dtype, seed, device)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name)
         return loaded.to(device=device, dtype=dtype).requires_grad_(False)
 

@@ -18,12 +18,14 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +148,8 @@ def ceilings(machine: Machine) -> Values:
     # Read and written.
     found["copy, bytes/s"] = 2 * 2**30 / seconds(partial(target.copy_, source), cuda, 10)
     for name, pinned in (("pageable", False), ("pinned", True)):
-        host = torch.empty(2**28, dtype=torch.uint8, pin_memory=pinned)
+        # Written: pages that never were are all one page of zeros.
+        host = torch.ones(2**28, dtype=torch.uint8, pin_memory=pinned)
         taken = seconds(partial(source[: 2**28].copy_, host), cuda, 5)
         found[f"to the GPU ({name}), bytes/s"] = 2**28 / taken
     for dtype, side in ((torch.float32, 8192), (torch.bfloat16, 8192), (torch.float64, 4096)):
@@ -280,6 +283,7 @@ def disk_to_disk(
     layers: int | None = None,
     samples: int = 128,
     preset: str = "lorap",
+    cached: bool = True,
 ) -> Task:
     """Compress a checkpoint into a folder, in a process of its own.
 
@@ -295,6 +299,8 @@ def disk_to_disk(
         Of 128 tokens.
     preset : str
         Of ``lorap compress``.
+    cached : bool
+        Whether the system may hold the model's files in memory already.
     """
 
     def work(machine: Machine) -> Values:
@@ -303,6 +309,8 @@ def disk_to_disk(
         whole = SHAPES[shape]
         sizes = replace(whole, layers=layers or whole.layers)
         model = _model(machine.folder, shape, sizes)
+        if not cached:
+            _evict(model)
         request = {
             "task": "compress",
             "model": str(model),
@@ -311,26 +319,37 @@ def disk_to_disk(
             "ratio": ratio,
             "preset": preset,
             "vocabulary": sizes.vocabulary,
+            "device": "cuda",
         }
         start = time.perf_counter()
         printed = _run([sys.executable, "-m", "bench.gpu", "--child", json.dumps(request)], machine)
         wall = time.perf_counter() - start
         found: Values = json.loads(printed.splitlines()[-1])
         shutil.rmtree(machine.folder / "out", ignore_errors=True)
-        in_layers = sum(found.pop("layer seconds"))
-        outside = found["seconds"] - in_layers
+        missing = whole.layers - sizes.layers
         floor = _floor(found, samples * 128, machine.ceilings)
         return found | {
             "layers": sizes.layers,
             "process seconds": wall,
-            "seconds in layers": in_layers,
             "floor seconds": floor,
             "share of the floor": floor / found["seconds"],
-            "seconds for all layers": outside + in_layers * whole.layers / sizes.layers,
+            "seconds for all layers": found["seconds"] + missing * steady(found["layer seconds"]),
             "all layers": whole.layers,
         }
 
     return work
+
+
+def steady(passes: Sequence[Sequence[float]]) -> float:
+    """Return the seconds that one more layer adds.
+
+    Parameters
+    ----------
+    passes : sequence of sequence of float
+        Of each pass over the layers, the seconds of each. The first layer of a pass bears what is
+        done once, so that it does not count where there are others.
+    """
+    return sum(statistics.median(layers[1:] or layers) for layers in passes)
 
 
 def shared_layer(shape: str, ratio: float) -> Task:
@@ -458,13 +477,21 @@ def _model(folder: Path, name: str, sizes: Any) -> Path:
     """Return a random checkpoint, written unless it is there; others make room for it."""
     from bench.models import write
 
-    path = folder / f"{name}-{sizes.layers}"
+    path = folder / "models" / f"{name}-{sizes.layers}"
     if not (path / "config.json").exists():
-        for other in folder.glob("*-*"):
-            shutil.rmtree(other, ignore_errors=True)
+        shutil.rmtree(path.parent, ignore_errors=True)
         # The configuration is written last.
-        write(sizes, path)
+        write(sizes, path, device="cuda" if torch.cuda.is_available() else "cpu")
+        # Or the system would write them while something is timed.
+        os.sync()
     return path
+
+
+def _evict(folder: Path) -> None:
+    """Ask the system to forget the contents of the files of a folder, so that a disk is read."""
+    for file in folder.iterdir():
+        with open(file, "rb") as content:
+            os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _floor(found: Mapping[str, Any], tokens: int, ceiling: Mapping[str, float]) -> float:
@@ -495,24 +522,36 @@ def compress_child(request: Mapping[str, Any]) -> Values:
         ratio=request["ratio"],
         ratio_scope="layer",
         samples=request["samples"],
-        device="cuda",
+        device=request["device"],
     )
-    measured = str(model / "ids.npy") if config.measures else None
-    plan = lorap.plan_checkpoint(model, config, calibration=measured)
-    assert plan.estimate is not None
+    estimated = None
+    if not config.measures:
+        # Else it would take as long as the compression does to measure.
+        plan = lorap.plan_checkpoint(model, config)
+        assert plan.estimate is not None
+        estimated = plan.estimate.peak_memory
+    stamps: list[float] = []
     report = lorap.compress_checkpoint(
-        model, output, config, calibration=str(model / "ids.npy"), overwrite=True
+        model,
+        output,
+        config,
+        calibration=str(model / "ids.npy"),
+        overwrite=True,
+        progress=lambda done, of: stamps.append(time.perf_counter()),
     )
-    modules = [module for layer in plan.layers for module in layer.values()]
+    each, layers = [b - a for a, b in pairwise(stamps)], len(report["layers"])
+    modules = [module for layer in report["layers"] for module in layer["modules"].values()]
     return {
         "seconds": report["seconds"],
-        "layer seconds": [layer["seconds"] for layer in report["layers"]],
+        "layer seconds": [each[at : at + layers] for at in range(0, len(each), layers)],
         "peak memory": report["peak_memory_bytes"],
-        "estimated memory": plan.estimate.peak_memory,
-        "bytes before": 2 * plan.parameters_before,
-        "bytes after": 2 * plan.parameters,
-        "layer parameters before": sum(module.parameters_before for module in modules),
-        "layer parameters after": sum(module.parameters for module in modules),
+        # With what the allocator holds beside the tensors.
+        "reserved memory": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
+        "estimated memory": estimated,
+        "bytes before": 2 * report["parameters"]["before"],
+        "bytes after": 2 * report["parameters"]["after"],
+        "layer parameters before": sum(module["parameters_before"] for module in modules),
+        "layer parameters after": sum(module["parameters"] for module in modules),
         "achieved ratio": report["achieved_ratio"],
     }
 
@@ -524,8 +563,6 @@ CHILDREN: dict[str, Callable[[Mapping[str, Any]], Values]] = {
 """What is done in a process of its own, by the ``task`` of the request."""
 
 SOLVER_SHAPES = ("256x2048", "2048x2048", "4096x4096", "4096x11008")
-
-MULTIPLES = (1, 8, 64, 128)
 
 STAGES: dict[str, Stage] = {
     "correct": Stage(
@@ -546,11 +583,11 @@ STAGES: dict[str, Stage] = {
         {f"llama-7b {ratio}": baseline("llama-7b", 2, ratio) for ratio in (0.2, 0.5)},
     ),
     "llama-7b": Stage(
-        "disk to disk, all 32 layers; the second of two runs finds the files in the cache",
+        "disk to disk, all 32 layers; of two runs the second finds the files in memory",
         {
-            f"{ratio} run {run}": disk_to_disk("llama-7b", ratio)
+            f"{ratio}{name}": disk_to_disk("llama-7b", ratio, cached=cached)
             for ratio in (0.2, 0.5)
-            for run in (1, 2)
+            for name, cached in (("", False), (", in memory", True))
         },
     ),
     "llama-13b": Stage(
@@ -562,8 +599,8 @@ STAGES: dict[str, Stage] = {
         {f"{ratio}": disk_to_disk("llama-3-8b", ratio, layers=8) for ratio in (0.2, 0.5)},
     ),
     "llama-3-70b": Stage(
-        "disk to disk, 1 of 80 layers, extrapolated",
-        {f"{ratio}": disk_to_disk("llama-3-70b", ratio, layers=1) for ratio in (0.2, 0.5)},
+        "disk to disk, 3 of 80 layers, extrapolated",
+        {f"{ratio}": disk_to_disk("llama-3-70b", ratio, layers=3) for ratio in (0.2, 0.5)},
     ),
     "presets": Stage(
         "disk to disk by preset, 4 of LLaMA-7B's 32 layers, extrapolated",
@@ -574,12 +611,16 @@ STAGES: dict[str, Stage] = {
         },
     ),
     "inference": Stage(
-        "the compressed LLaMA-7B beside the dense one, fp16: all layers, and 8 of them compiled",
+        "the compressed LLaMA-7B beside the dense one, fp16: all layers, and 4 of them compiled; "
+        "multiples in CUDA graphs alone",
         {"all layers, eager": inference("llama-7b", (0.2, 0.5), modes=["eager"])}
+        | {f"{ratio}, compiled": inference("llama-7b", (ratio,), layers=4) for ratio in (0.2, 0.5)}
         | {
-            f"{ratio}, multiples of {multiple}": inference("llama-7b", (ratio,), multiple, layers=8)
+            f"{ratio}, multiples of {multiple}": inference(
+                "llama-7b", (ratio,), multiple, layers=4, modes=["graphs"]
+            )
             for ratio in (0.2, 0.5)
-            for multiple in MULTIPLES
+            for multiple in (8, 64, 128)
         },
     ),
     "factors": Stage(
@@ -599,16 +640,16 @@ STAGES: dict[str, Stage] = {
     "curves": Stage(
         "time and memory against width, depth, tokens and ratio",
         {
-            f"width {name}": disk_to_disk(name, 0.2, layers=2)
+            f"width {name}": disk_to_disk(name, 0.2, layers=3)
             for name in ("small", "medium", "tinyllama", "llama-7b")
         }
         | {f"depth {n}": disk_to_disk("tinyllama", 0.2, layers=n) for n in (2, 4, 8, 16)}
         | {
-            f"tokens {128 * n}": disk_to_disk("tinyllama", 0.2, layers=2, samples=n)
+            f"tokens {128 * n}": disk_to_disk("tinyllama", 0.2, layers=3, samples=n)
             for n in (32, 128, 512, 2048)
         }
         | {
-            f"ratio {ratio}": disk_to_disk("tinyllama", ratio, layers=2)
+            f"ratio {ratio}": disk_to_disk("tinyllama", ratio, layers=3)
             for ratio in (0.1, 0.2, 0.3, 0.4, 0.5)
         },
     ),
@@ -623,8 +664,13 @@ def finished(results: Path, device: str) -> set[tuple[str, str]]:
     return {
         (line["stage"], line["task"])
         for line in read(results)
-        if line["device"] == device and "error" not in line
+        if line["device"] == device and _succeeded(line)
     }
+
+
+def _succeeded(outcome: Mapping[str, Any]) -> bool:
+    """Whether a task is done: a part of it may have failed, and its values tell of the others."""
+    return "error" not in outcome and not outcome["values"].get("failures")
 
 
 def read(results: Path) -> Iterator[dict[str, Any]]:
@@ -687,7 +733,7 @@ def run_stages(
     common = {"run": run, "device": device, "versions": versions()}
     failures = 0
 
-    def carry_out(stage: str, name: str, task: Task) -> Values | None:
+    def carry_out(stage: str, name: str, task: Task) -> dict[str, Any]:
         print(f"{stage}: {name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         outcome: dict[str, Any]
@@ -699,18 +745,17 @@ def run_stages(
         line = {**common, "stage": stage, "task": name, **outcome}
         append(results, line | {"seconds": time.perf_counter() - start})
         print(json.dumps(outcome), flush=True)
-        found: Values | None = outcome.get("values")
-        return found
+        return outcome
 
     for stage_name, stage in stages.items():
         todo = {name: task for name, task in stage.tasks.items() if (stage_name, name) not in done}
         if todo and stage.timed and not machine.ceilings:
-            found = carry_out("ceilings", run, measure_ceilings)
-            if found is None:
+            outcome = carry_out("ceilings", run, measure_ceilings)
+            if not _succeeded(outcome):
                 return failures + 1
-            machine = replace(machine, ceilings=found)
+            machine = replace(machine, ceilings=outcome["values"])
         for name, task in todo.items():
-            failures += carry_out(stage_name, name, task) is None
+            failures += not _succeeded(carry_out(stage_name, name, task))
     return failures
 
 

@@ -77,7 +77,13 @@ def configuration(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str
     }
 
 
-def write(shape: Shape, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
+def write(
+    shape: Shape,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> None:
     """Write a checkpoint of one shard per layer, and one for embeddings and head.
 
     The weights are normal, with the spread at which a layer keeps the scale of its input; input
@@ -90,22 +96,24 @@ def write(shape: Shape, folder: Path, dtype: torch.dtype = torch.bfloat16, seed:
         Made where it is missing.
     dtype : torch.dtype
     seed : int
+    device : torch.device
+        That draws the weights: others with the same seed on another.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     count = shape.layers + 1
     weight_map: dict[str, str] = {}
     total = 0
 
     def matrix(rows: int, columns: int) -> Tensor:
-        values = torch.randn(rows, columns, generator=generator) / columns**0.5
-        rounded: Tensor = values.to(dtype)
+        values = torch.randn(rows, columns, generator=generator, device=device) / columns**0.5
+        rounded: Tensor = values.to(dtype).cpu()
         return rounded
 
     def gains() -> Tensor:
-        values = torch.exp(0.5 * torch.randn(shape.hidden, generator=generator))
-        values[torch.randint(shape.hidden, (4,), generator=generator)] = 20.0
-        rounded: Tensor = values.to(dtype)
+        values = torch.exp(0.5 * torch.randn(shape.hidden, generator=generator, device=device))
+        values[torch.randint(shape.hidden, (4,), generator=generator, device=device)] = 20.0
+        rounded: Tensor = values.to(dtype).cpu()
         return rounded
 
     def save(number: int, tensors: dict[str, Tensor]) -> None:

@@ -5,7 +5,8 @@
 
 Compresses a random checkpoint in one process. On a CPU in one thread, whose CPU time it takes of
 each part: what else the machine does changes that little. On a GPU the second of two runs is
-measured, and the GPU is waited for at the ends of a part, so that nothing overlaps.
+measured, and the GPU is waited for at the ends of a part, so that these do not overlap; reading and
+writing, which go through its queue, then hold waits for it.
 
 Forwards are split over the processes by samples; of the pieces of a layer (the factors of a matrix,
 the choice of channels), each is done by one process, so that the time is that of the process with
@@ -141,6 +142,7 @@ def share(
     samples : int
         Of 128 tokens.
     ratio : float
+        Of the layers' parameters.
     device : torch.device
     options : sequence of str
         Of ``lorap compress``.
@@ -150,8 +152,9 @@ def share(
         write(shape, folder / "model")
         ids = np.random.default_rng(0).integers(3, shape.vocabulary, (samples, 128))
         np.save(folder / "ids.npy", ids)
-        words = ["compress", str(folder / "model"), "--ratio", str(ratio), "--device", device.type]
-        words += ["--samples", str(samples), "--calibration", str(folder / "ids.npy")]
+        words = ["compress", str(folder / "model"), "--ratio", str(ratio), "--ratio-scope", "layer"]
+        words += ["--device", device.type, "--samples", str(samples)]
+        words += ["--calibration", str(folder / "ids.npy")]
         words += ["--output", str(folder / "out"), "--json", "--overwrite", *options]
         if device.type == "cuda":
             # Libraries are loaded, and kernels chosen, by the first to need them.
@@ -175,7 +178,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="medium")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--samples", type=int, default=32, help="of 128 tokens")
-    parser.add_argument("--ratio", type=float, default=0.2)
+    parser.add_argument("--ratio", type=float, default=0.2, help="of the layers' parameters")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("options", nargs="*", help="of lorap compress, behind --")
     arguments = parser.parse_args()

@@ -95,6 +95,16 @@ def test_stages_resume(tmp_path: Path) -> None:
     assert len(fake.ran) == 4
 
 
+def test_a_task_of_which_a_part_failed_is_run_again(tmp_path: Path) -> None:
+    def stages(failures: list[str]) -> dict[str, gpu.Stage]:
+        return {"modes": gpu.Stage("", {"all": lambda _: {"failures": failures}}, timed=False)}
+
+    results, machine = tmp_path / "results.jsonl", gpu.Machine(tmp_path, {}, {})
+    assert gpu.run_stages(stages(["graphs"]), results, machine, device="card") == 1
+    assert gpu.run_stages(stages([]), results, machine, device="card") == 0
+    assert gpu.run_stages(stages(["not run"]), results, machine, device="card") == 0
+
+
 def test_a_line_that_was_cut_off_is_run_again(tmp_path: Path) -> None:
     results, fake = tmp_path / "results.jsonl", Fake()
     fake.broken = set()
@@ -135,6 +145,43 @@ def test_the_floor_by_hand() -> None:
         "matmul bfloat16, operations/s": 12.0,
     }
     assert gpu._floor(found, 3, ceiling) == 2 + 3 + 2 * 3 * 60 / 12
+
+
+def test_one_more_layer_by_hand() -> None:
+    # The first of a pass bears what is done once.
+    assert gpu.steady([[9.0, 1.0, 2.0, 6.0], [5.0, 0.5]]) == 2.5
+    assert gpu.steady([[9.0]]) == 9.0
+
+
+@pytest.mark.parametrize("preset", ["lorap", "mgaa"])
+def test_what_is_measured_of_a_compression(preset: str, tmp_path: Path) -> None:
+    model = gpu._model(tmp_path, "tiny", Shape(64, 176, 3, 4, 4, 512))
+    gpu._evict(model)
+    assert gpu._model(tmp_path, "tiny", Shape(64, 176, 3, 4, 4, 512)) == model
+    found = gpu.compress_child(
+        {
+            "model": str(model),
+            "output": str(tmp_path / "out"),
+            "samples": 4,
+            "ratio": 0.2,
+            "preset": preset,
+            "vocabulary": 512,
+            "device": "cpu",
+        }
+    )
+    passes = found["layer seconds"]
+    assert [len(layers) for layers in passes] == [3] * (1 if preset == "lorap" else 2)
+    assert 0 < sum(sum(layers) for layers in passes) < found["seconds"]
+    assert found["bytes before"] == 2 * (found["layer parameters before"] + 64 * (2 * 512 + 7))
+    share = found["layer parameters after"] / found["layer parameters before"]
+    assert share == pytest.approx(0.8, abs=0.01)
+    assert (found["estimated memory"] is None) == (preset == "mgaa")
+    # Another model makes room, and only that of models.
+    (tmp_path / "stand-ins").mkdir()
+    other = gpu._model(tmp_path, "tiny", Shape(64, 176, 1, 4, 4, 512))
+    assert other.is_dir()
+    assert not model.exists()
+    assert (tmp_path / "stand-ins").is_dir()
 
 
 def test_a_disk_has_ceilings(tmp_path: Path) -> None:
