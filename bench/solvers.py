@@ -40,7 +40,7 @@ SHARE = 0.3
 
 def full_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """All of the SVD in float64."""
-    u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, _ = solvers.thin_svd(matrix)
     return u[:, :rank], s
 
 

@@ -164,6 +164,18 @@ def test_what_was_measured_is_taken_over(
     assert steps[-1] == (measuring + 3, measuring + 3)
 
 
+def test_a_shard_is_read_again_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its checksum, by the thread that wrote it; of a large model it takes as long as that."""
+    read: list[str] = []
+    checksum = journal._checksum
+    monkeypatch.setattr(
+        journal, "_checksum", lambda file: [read.append(file.name), checksum(file)][1]
+    )
+    report = case.run()
+    assert len(read) == len(set(read))
+    assert len([name for name in read if name.startswith("model-")]) == len(report["layers"])
+
+
 def test_resume_with_nothing_left_starts_afresh(
     case: Case, whole: Callable[..., dict[str, bytes]]
 ) -> None:

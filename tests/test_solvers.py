@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,24 @@ def test_what_overflows_is_left_to_the_svd(rows: list[list[float]]) -> None:
     assert solvers.gram(matrix, 1) is None
     expected = torch.linalg.svdvals(matrix)
     torch.testing.assert_close(solvers.leading_directions(matrix, 1)[1], expected)
+
+
+@pytest.mark.spec("solver.contract")
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_the_svd_is_thin(shape: tuple[int, int]) -> None:
+    matrix, _ = made([4.0, 3.0, 2.0, 1.0], shape)
+    u, values, vh = solvers.thin_svd(matrix)
+    assert (u.shape, values.shape, vh.shape) == ((shape[0], 4), (4,), (4, shape[1]))
+    torch.testing.assert_close((u * values) @ vh, matrix, rtol=0, atol=1e-14)
+
+
+@pytest.mark.spec("solver.contract")
+def test_on_a_gpu_the_svd_is_not_by_jacobi(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.linalg, "svd", lambda matrix, **how: asked.append((matrix, how)))
+    on_gpu = SimpleNamespace(is_cuda=True)
+    solvers.thin_svd(on_gpu)
+    assert asked == [(on_gpu, {"full_matrices": False, "driver": "gesvd"})]
 
 
 @pytest.mark.spec("solver.gram")

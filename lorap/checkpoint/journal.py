@@ -111,8 +111,12 @@ class Journal:
             path = self._path(file)
             if not path.is_file() or _checksum(path) != expected:
                 return None
+        return record["content"], self.tensors(name)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return what is kept with a record that this run has written, or found to be true."""
         kept = self._folder / f"{name}.safetensors"
-        return record["content"], load_file(kept) if kept.is_file() else {}
+        return load_file(kept) if kept.is_file() else {}
 
     def remove(self, checkpoint: Path) -> None:
         """Remove the journal, once its checkpoint is whole and in its place."""
@@ -159,7 +163,7 @@ def lock(folder: Path) -> int | None:
 
 def _checksum(file: Path) -> str:
     with open(file, "rb") as content:
-        return hashlib.file_digest(content, "blake2b").hexdigest()
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _differences(then: Any, now: Any, where: str = "") -> list[str]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lorap.ops.precision import compute_dtype
-from lorap.ops.solvers import leading_directions
+from lorap.ops.solvers import leading_directions, thin_svd
 from lorap.ops.statistics import token_mean
 
 Weighting = Literal["eq7", "eq6"]
@@ -195,7 +195,7 @@ def completed(basis: Tensor, weight: Tensor, rank: int) -> Tensor:
         # The remainder in a basis of the complement: its singular vectors stay orthogonal to the
         # given ones however small it is.
         complement = torch.linalg.qr(basis, mode="complete").Q[:, found:]
-        u_rest, s_rest, _ = torch.linalg.svd(complement.T @ weight, full_matrices=False)
+        u_rest, s_rest, _ = thin_svd(complement.T @ weight)
         floor = max(weight.shape) * torch.finfo(weight.dtype).eps * torch.linalg.norm(weight)
         extra = min(rank - found, int((s_rest > floor).sum()))
         left[:, found : found + extra] = complement @ u_rest[:, :extra]

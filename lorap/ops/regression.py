@@ -132,7 +132,8 @@ def removal_order(
         for step in range(size):
             cost = squares.clamp(min=0) / inverse_diagonal
             cost.masked_fill_(~left, torch.inf)
-            j = cost.argmin()
+            # A number: on a GPU each use of a tensor as an index would wait for it again.
+            j = int(cost.argmin())
             order[start + step], losses[start + step] = j, cost[j]
             left[j] = False
             done, by = shares[:step], shares[:step, j]

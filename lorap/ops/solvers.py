@@ -48,9 +48,34 @@ def leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return matrix.new_empty(matrix.shape[0], 0), torch.linalg.svdvals(matrix)
     found = gram(matrix, rank)
     if found is None:
-        u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+        u, s, _ = thin_svd(matrix)
         return u[:, :rank], s
     return found
+
+
+def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD as ``U``, singular values and ``V^T``; on a GPU by the driver that is accurate there.
+
+    The default of torch on a GPU, cuSOLVER's Jacobi iteration, loses accuracy on matrices that are
+    not well conditioned, which are those that come here; ``gesvd`` does not.
+
+    Parameters
+    ----------
+    matrix : (m, n) float64
+
+    Returns
+    -------
+    u : (m, min(m, n))
+    singular_values : (min(m, n),)
+    vh : (min(m, n), n)
+
+    Notes
+    -----
+    SPEC: ``solver.contract``.
+    """
+    if matrix.is_cuda:
+        return torch.linalg.svd(matrix, full_matrices=False, driver="gesvd")
+    return torch.linalg.svd(matrix, full_matrices=False)
 
 
 def gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
@@ -85,6 +110,7 @@ def gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     if not all_finite(product):
         return None
     eigenvalues, vectors = torch.linalg.eigh(product)
+    del product
     eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
     rounding = max(matrix.shape) * torch.finfo(matrix.dtype).eps * float(eigenvalues[0])
     if not float(eigenvalues[rank - 1]) > RANGE * rounding:

@@ -399,9 +399,8 @@ def _statistics(
     path = decoder.family.layers_path
     statistics = measurements.tensors(path)
     for index in range(decoder.layers):
-        found = writer.journal.find(_layer_record(index))
-        assert found is not None
-        statistics |= {f"{path}.{index}.{name}": x for name, x in found[1].items()}
+        found = writer.journal.tensors(_layer_record(index))
+        statistics |= {f"{path}.{index}.{name}": x for name, x in found.items()}
     return statistics
 
 
