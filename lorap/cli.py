@@ -1483,6 +1483,9 @@ def _print_summary(report: Mapping[str, Any], output: str) -> None:
     )
     several = f" in {report['processes']} processes" if report["processes"] > 1 else ""
     typer.echo(f"time         {_duration(report['seconds'])} on {report['device']}{several}")
+    if report["resumed_layers"]:
+        finished = f"{report['resumed_layers']} of {len(report['layers'])} layers"
+        typer.echo(f"resumed      {finished} were finished, and taken over")
     typer.echo(f"peak memory  {peak}{' of the first of them' if several else ''}")
     typer.echo(f"output       {output}")
     typer.echo(f"report       {os.path.join(output, REPORT_PAGE)}")

@@ -9,8 +9,12 @@ class UsageError(LorapError):
     """An argument, option, path or file that cannot be used. The command line exits with 2."""
 
 
-class LostProcessError(LorapError):
-    """Another process of the run has failed or died; what was finished is as good as before."""
+class ResumableError(LorapError):
+    """A failure of what is around the run: what it had finished is as good as before."""
+
+
+class LostProcessError(ResumableError):
+    """Another process of the run has failed or died."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 import lorap
 from lorap import CompressionConfig, LorapError, UsageError
 from lorap.checkpoint import files, journal, writer
-from lorap.checkpoint.journal import FOLDER
+from lorap.checkpoint.journal import FOLDER, SCRATCH
 from lorap.checkpoint.writer import staging_of
+from lorap.errors import ResumableError
 from lorap.pipeline import layers, on_disk
 from tests.tiny_models import save_tiny_checkpoint, token_ids
 
@@ -201,6 +202,12 @@ def test_leftovers_are_refused_with_both_ways_on(
     assert case.nothing_left()
 
 
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+
+
 def rewritten(case: Case) -> None:
     """The model saved anew, with the same contents."""
     file = next(case.model.glob("*.safetensors"))
@@ -208,12 +215,25 @@ def rewritten(case: Case) -> None:
     os.utime(file, (1, 1))
 
 
+def changed_unnoticed(case: Case) -> None:
+    """A bit of the weights, and neither the size nor the time of change."""
+    file = next(case.model.glob("*.safetensors"))
+    before = file.stat()
+    flip(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 DIFFERENT: dict[str, tuple[dict[str, Any], Callable[[Case], None] | None, str]] = {
     "ratio": ({"ratio": 0.4}, None, r"settings\.ratio was 0\.3 and is 0\.4"),
     "method": ({"mha": "svd"}, None, r"settings\.mha was 'awsvd' and is 'svd'"),
     "ids": ({"seqlen": 12}, None, "calibration ids was"),
     "batch": ({"batch_size": 3}, None, r"settings\.batch_size was 4 and is 3"),
-    "weights": ({}, rewritten, r"model\.model-.*\.modified was"),
+    "weights": (
+        {},
+        rewritten,
+        r"model\.model-.*\.modified was '.* UTC' and is '1970-01-01 00:00:01",
+    ),
+    "weights, times kept": ({}, changed_unnoticed, r"model\.model-.*\.sample was"),
 }
 
 
@@ -240,10 +260,73 @@ def test_where_activations_wait_may_change(
     assert not list(case.output.glob(".lorap*"))
 
 
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 4
+def test_a_run_without_its_description_is_not_resumed(case: Case) -> None:
+    with pytest.raises(InterruptedRun):
+        case.run(progress=interrupt_after(2))
+    os.truncate(case.staging / FOLDER / "run.json", 10)
+    with pytest.raises(UsageError, match=r"run\.json.* is missing or damaged; .*--overwrite"):
+        case.run(resume=True)
+    assert case.run(overwrite=True)["resumed_layers"] == 0
+
+
+def test_a_place_that_is_taken_meanwhile_costs_nothing(
+    case: Case, whole: Callable[..., dict[str, bytes]]
+) -> None:
+    def take(done: int, of: int) -> None:
+        if done == of:
+            case.output.mkdir()
+
+    with pytest.raises(UsageError, match="exists already") as caught:
+        case.run(progress=take)
+    assert "--resume goes on" in caught.value.__notes__[0]
+    case.output.rmdir()
+    report = case.run(resume=True)
+    assert report["resumed_layers"] == len(report["layers"])
+    assert weights(case.output) == whole(CONFIG)
+    assert case.nothing_left()
+
+
+def test_a_model_that_cannot_be_read_any_more_costs_nothing(
+    case: Case, whole: Callable[..., dict[str, bytes]]
+) -> None:
+    file = max(case.model.glob("*.safetensors"))
+    content, times = file.read_bytes(), file.stat()
+
+    def cut(done: int, _: int) -> None:
+        if done == 1:
+            os.truncate(file, 100)
+
+    with pytest.raises(ResumableError, match="can no longer be read") as caught:
+        case.run(progress=cut)
+    assert str(file) in str(caught.value)
+    assert "--resume goes on" in caught.value.__notes__[0]
     file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert case.run(resume=True)["resumed_layers"] >= 1
+    assert weights(case.output) == whole(CONFIG)
+
+
+def test_a_sample_of_a_file(tmp_path: Path) -> None:
+    """Every byte of a small one; of a large one its blocks."""
+    file, content = tmp_path / "file", bytearray(2**20)
+    digests = set()
+    for at in (None, 0, 4095, 4096, 2**19 + 1, 2**20 - 4097, 2**20 - 1):
+        changed = bytearray(content)
+        if at is not None:
+            changed[at] = 1
+        file.write_bytes(changed)
+        digests.add(files.sample_digest(file))
+    assert len(digests) == 7
+    for size in (0, 1, 4096):
+        file.write_bytes(bytes(size))
+        digests.add(files.sample_digest(file))
+    assert len(digests) == 10
+    large = bytearray(2**23)
+    for at in (0, 2**23 - 1, (2**23 - 4096) // 2):
+        large[at] += 1
+        file.write_bytes(large)
+        digests.add(files.sample_digest(file))
+    assert len(digests) == 13
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
@@ -253,6 +336,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "flipped statistics": lambda left: flip(left / FOLDER / "layer-00001.safetensors"),
     "torn record": lambda left: os.truncate(left / FOLDER / "layer-00001.json", 10),
     "missing record": lambda left: (left / FOLDER / "layer-00001.json").unlink(),
+    "empty record": lambda left: (left / FOLDER / "layer-00001.json").write_text("{}"),
 }
 
 
@@ -315,7 +399,7 @@ def test_two_runs_at_a_time(case: Case) -> None:
     def second(done: int, _: int) -> None:
         if done == 1:
             for options in ({}, {"resume": True}, {"overwrite": True}):
-                with pytest.raises(UsageError, match=r"another process is writing it|ended early"):
+                with pytest.raises(UsageError, match="another process is writing it"):
                     case.run(**options)
                 refused.append("once")
 
@@ -371,6 +455,54 @@ def test_a_killed_run_is_resumed(
     assert not killed(processes, case, -1, resume=True)
     assert weights(case.output) == whole(CONFIG)
     assert case.nothing_left()
+
+
+def test_hidden_states_of_a_killed_run_are_not_part_of_the_model(
+    case: Case, whole: Callable[..., dict[str, bytes]], processes: Any
+) -> None:
+    on_disk = replace(CONFIG, activations="disk")
+    assert killed(processes, case, 9, config=on_disk)
+    assert list((case.staging / FOLDER / SCRATCH).iterdir())
+    assert not killed(processes, case, -1, config=on_disk, resume=True)
+    assert weights(case.output) == whole(CONFIG)
+    assert not list(case.output.glob(".*"))
+
+
+def compress_until_renamed(case: Case, number: int) -> None:
+    """Compress over an older model, and be killed behind the first or the second renaming."""
+    torch.set_num_threads(1)
+    real, count = Path.rename, 0
+
+    def rename(self: Path, target: Path) -> Path:
+        nonlocal count
+        result = real(self, target)
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    Path.rename = rename  # type: ignore[method-assign]
+    case.run(overwrite=True)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_older_model_is_not_lost_when_the_new_one_takes_its_place(
+    number: int, case: Case, whole: Callable[..., dict[str, bytes]], processes: Any
+) -> None:
+    case.run(replace(CONFIG, ratio=0.5))
+    older = weights(case.output)
+    process = processes.Process(target=compress_until_renamed, args=(case, number))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert case.output.exists() == (number == 2)
+    with pytest.raises(UsageError, match="exists already"):
+        case.run()
+    assert weights(case.output) == (older if number == 1 else whole(CONFIG))
+    report = case.run(overwrite=True, resume=True)
+    assert report["resumed_layers"] == (len(report["layers"]) if number == 1 else 0)
+    assert weights(case.output) == whole(CONFIG)
+    assert not list(case.output.parent.glob(".lorap*"))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -39,6 +40,10 @@ SIDE_FILES = (
 )
 
 
+_BLOCK, _BLOCKS = 4096, 257
+"""Bytes of a block that ``sample_digest`` reads, and how many: they overlap up to 1 MiB."""
+
+
 def sync(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -46,6 +51,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sample_digest(file: Path) -> str:
+    """Return a digest of a file's size, and of blocks of its contents spread over all of it.
+
+    Of a file of up to 1 MiB all bytes count. Of larger ones only what changes at large shows, which
+    another training, or other quantisation, does.
+    """
+    size = file.stat().st_size
+    digest = hashlib.sha256(f"{size}:".encode())
+    last = max(0, size - _BLOCK)
+    with open(file, "rb", buffering=0) as content:
+        for start in sorted({last * i // (_BLOCKS - 1) for i in range(_BLOCKS)}):
+            content.seek(start)
+            digest.update(content.read(_BLOCK))
+    return digest.hexdigest()
 
 
 def side_files(folder: Path) -> list[Path]:

@@ -22,6 +22,11 @@ FOLDER = ".lorap"
 
 _RUN = "run.json"
 
+SCRATCH = "scratch"
+
+_KEYS = ("content", "files")
+"""Of a record."""
+
 
 class Journal:
     """Records of finished pieces of work, each with the checksums of its files.
@@ -49,6 +54,7 @@ class Journal:
         """
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir()
+        self._clear_scratch()
         self._write(_RUN, dict(run))
 
     def resume(self, run: Mapping[str, Any]) -> None:
@@ -60,7 +66,12 @@ class Journal:
             If that run was of another kind; the message says what differs.
         """
         then = self._read(_RUN)
-        differing = _differences(then or {}, json.loads(json.dumps(run)))
+        if then is None:
+            raise UsageError(
+                f"resume: {self._folder / _RUN}, which says what the run was that was left, is "
+                "missing or damaged; start afresh with --overwrite"
+            )
+        differing = _differences(then, json.loads(json.dumps(run)))
         if differing:
             more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise UsageError(
@@ -68,6 +79,16 @@ class Journal:
                 f"{'; '.join(differing[:3])}{more}. Give the same again, or start afresh with "
                 "--overwrite"
             )
+        self._clear_scratch()
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for files that are of no use to another run; it goes with the journal."""
+        return self._folder / SCRATCH
+
+    def _clear_scratch(self) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
 
     @property
     def records(self) -> int:
@@ -105,7 +126,7 @@ class Journal:
     def find(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Return content and tensors of a record; None where it is missing or no longer true."""
         record = self._read(f"{name}.json")
-        if record is None:
+        if record is None or not all(isinstance(record.get(key), dict) for key in _KEYS):
             return None
         for file, expected in record["files"].items():
             path = self._path(file)

@@ -26,7 +26,7 @@ from lorap.checkpoint.files import (
     WEIGHTS,
     side_files,
 )
-from lorap.errors import LorapError, UsageError, first_line
+from lorap.errors import LorapError, ResumableError, UsageError, first_line
 from lorap.families import FAMILIES, MULTIMODAL, Family, family_of
 
 if TYPE_CHECKING:
@@ -622,13 +622,24 @@ def _stream(tensors: Mapping[str, StoredTensor | _Entry]) -> Iterator[tuple[str,
         wanted = {name: tensor.key for name, tensor in tensors.items() if tensor.file == file}
         if file.suffix == ".safetensors":
             for name, key in wanted.items():
-                # Opened for each: pages once read stay resident as long as the file is mapped.
-                with safe_open(file, framework="pt", device="cpu") as handle:
-                    yield name, handle.get_tensor(key)
+                yield name, _read(file, key)
         else:
             state = _load_bin(file)
             for name, key in wanted.items():
                 yield name, state[key]
+
+
+def _read(file: Path, key: str) -> Tensor:
+    """Return a tensor of a safetensors file whose header was read before."""
+    try:
+        # Opened for each: pages once read stay resident as long as the file is mapped.
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            tensor: Tensor = handle.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise ResumableError(
+            f"{file} can no longer be read, it has changed or gone: {first_line(error)}"
+        ) from error
+    return tensor
 
 
 def _inner(

@@ -37,8 +37,8 @@ from lorap.checkpoint.files import (
     side_files,
     sync,
 )
-from lorap.checkpoint.journal import FOLDER, Journal, lock
-from lorap.errors import LorapError, LostProcessError, UsageError
+from lorap.checkpoint.journal import FOLDER, SCRATCH, Journal, lock
+from lorap.errors import LorapError, ResumableError, UsageError
 from lorap.families import FAMILIES, MULTIMODAL, Family, modeling_file
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ _OWN_FILES = (
     CALIBRATION,
     STATISTICS,
     f"{FOLDER}/*",
+    f"{FOLDER}/{SCRATCH}/*",
 )
 
 
@@ -99,6 +100,7 @@ def check_output(
     """
     path = Path(os.path.expanduser(output)).resolve()
     try:
+        _put_back(path)
         _check_existing(path, output, overwrite, replaceable)
         for given in inputs:
             if Path(os.path.expanduser(given)).resolve().is_relative_to(path):
@@ -115,7 +117,7 @@ def check_output(
     free = shutil.disk_usage(ancestor).free
     if free < needed_bytes:
         raise UsageError(
-            f"{output} needs {_gib(needed_bytes)} of disk space, and {ancestor} has {_gib(free)} "
+            f"{output} needs {_size(needed_bytes)} of disk space, and {ancestor} has {_size(free)} "
             "free"
         )
     return path
@@ -129,9 +131,31 @@ def staging_of(output: Path) -> Path:
     output : Path
         Resolved.
     """
+    return _beside(output, "partial")
+
+
+def _beside(output: Path, suffix: str) -> Path:
     # Without the output's name, which may leave no room for more.
     digest = hashlib.sha256(output.name.encode()).hexdigest()
-    return output.parent / f".lorap-{digest[:16]}.partial"
+    return output.parent / f".lorap-{digest[:16]}.{suffix}"
+
+
+def _put_back(output: Path) -> None:
+    """Put a checkpoint back in its place, or away for good, where a run was killed replacing it."""
+    replaced = _beside(output, "replaced")
+    if not replaced.exists():
+        return
+    staging = staging_of(output)
+    descriptor = lock(staging) if staging.exists() else None
+    if staging.exists() and descriptor is None:
+        # Not killed: at it.
+        return
+    if output.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        replaced.rename(output)
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def check_leftovers(output: Path, *, overwrite: bool, resume: bool) -> None:
@@ -149,8 +173,19 @@ def check_leftovers(output: Path, *, overwrite: bool, resume: bool) -> None:
     Raises
     ------
     UsageError
-        If it is neither.
+        If it is neither, or another process is still at it.
     """
+    left = staging_of(output)
+    if not left.is_dir():
+        return
+    descriptor = lock(left)
+    if descriptor is None:
+        raise UsageError(f"{output}: another process is writing it")
+    os.close(descriptor)
+    _refuse_leftovers(output, overwrite=overwrite, resume=resume)
+
+
+def _refuse_leftovers(output: Path, *, overwrite: bool, resume: bool) -> None:
     left = staging_of(output)
     if overwrite or resume or not Journal(left).records:
         return
@@ -226,7 +261,8 @@ class CheckpointWriter:
 
     Everything is written to a folder beside the output, which :meth:`commit` renames. Leaving the
     context without a commit, by an exception or not, removes that folder. With a `run` it stays if
-    its journal records something, unless the run cannot be done at all (``LorapError``).
+    its journal records something, unless the run cannot be done at all (``LorapError``). A
+    checkpoint that is complete, and does not find its place free, stays.
 
     Parameters
     ----------
@@ -274,6 +310,7 @@ class CheckpointWriter:
         self._made: list[Path] = []
         self._shards: list[dict[str, Tensor]] = []
         self._count = shards
+        self._complete = False
 
     def _sibling(self, suffix: str) -> Path:
         # Without the output's name, which may leave no room for more.
@@ -299,7 +336,7 @@ class CheckpointWriter:
             if self._resume and self.journal.records:
                 self.journal.resume(self._run)
             else:
-                check_leftovers(self.output, overwrite=self._overwrite, resume=self._resume)
+                _refuse_leftovers(self.output, overwrite=self._overwrite, resume=self._resume)
                 _empty(self._staging)
                 self.journal.begin(self._run)
         except BaseException:
@@ -314,7 +351,11 @@ class CheckpointWriter:
         traceback: TracebackType | None,
     ) -> None:
         # What a run of these settings cannot do, it cannot do when it is resumed either.
-        hopeless = isinstance(error, LorapError) and not isinstance(error, LostProcessError)
+        hopeless = (
+            isinstance(error, LorapError)
+            and not isinstance(error, ResumableError)
+            and not self._complete
+        )
         if self._run is None or hopeless or not self.journal.records:
             shutil.rmtree(self._staging, ignore_errors=True)
         elif error is not None:
@@ -502,6 +543,7 @@ class CheckpointWriter:
         self.write_text(CONFIG, json.dumps(values, indent=2, sort_keys=True) + "\n")
         self._name_shards()
         sync(self._staging)
+        self._complete = True
         self._rename()
         if self._run is not None:
             self.journal.remove(self.output)
@@ -528,7 +570,7 @@ class CheckpointWriter:
     def _rename(self) -> None:
         check_output(self.output, overwrite=self._overwrite)
         with _signals_held():
-            replaced = self._sibling("replaced") if self.output.exists() else None
+            replaced = _beside(self.output, "replaced") if self.output.exists() else None
             if replaced is not None:
                 self.output.rename(replaced)
             try:
@@ -597,5 +639,6 @@ def _existing_ancestor(path: Path) -> Path:
     return path
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(size: int) -> str:
+    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
+    return f"{size / unit:.2f} {name}"

@@ -73,9 +73,9 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     -----
     SPEC: ``solver.contract``.
     """
-    if matrix.is_cuda:
-        return torch.linalg.svd(matrix, full_matrices=False, driver="gesvd")
-    return torch.linalg.svd(matrix, full_matrices=False)
+    how = {"driver": "gesvd"} if matrix.is_cuda else {}
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False, **how)
+    return u, s, vh
 
 
 def gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:

@@ -146,7 +146,7 @@ def compress_checkpoint(
         shards=decoder.layers + len(others),
     )
     with writer, Inspection(reader.iter_tensors()) as inspection:
-        store = decoder.store(samples, config, writer.folder, processes.local_size)
+        store = decoder.store(samples, config, writer.journal.scratch, processes.local_size)
         advance = Steps(progress, config, decoder.layers)
         plan, measurements = _measured(
             writer, decoder, samples, store, draft, config, processes, advance
@@ -273,7 +273,14 @@ def _run(
     model: dict[str, Any] = {}
     for file in sorted({tensor.file for tensor in reader.tensors.values()}):
         found = file.stat()
-        model[file.name] = {"bytes": found.st_size, "modified": found.st_mtime_ns}
+        seconds, rest = divmod(found.st_mtime_ns, 10**9)
+        changed = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+        model[file.name] = {
+            "bytes": found.st_size,
+            # It tells what a sample does not, and may be kept by a copy, which the sample tells.
+            "modified": f"{changed}.{rest:09d} UTC",
+            "sample": files.sample_digest(file),
+        }
     model[files.CONFIG] = hashlib.sha256((reader.path / files.CONFIG).read_bytes()).hexdigest()
     settings = config.to_dict()
     # Where hidden states wait changes none of them.

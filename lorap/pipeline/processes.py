@@ -23,7 +23,14 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from lorap.errors import Interrupted, LorapError, LostProcessError, UsageError, first_line
+from lorap.errors import (
+    Interrupted,
+    LorapError,
+    LostProcessError,
+    ResumableError,
+    UsageError,
+    first_line,
+)
 
 T = TypeVar("T")
 Result = tuple[dict[str, Tensor], Any]
@@ -37,6 +44,9 @@ MEETING = timedelta(minutes=10)
 """Longest wait for the others to be there."""
 
 _FAILURE = "lorap/failure"
+
+_KINDS: tuple[type[LorapError], ...] = (UsageError, ResumableError, LorapError)
+"""Of an error, the first that it is."""
 
 
 class Processes:
@@ -214,11 +224,12 @@ class Processes:
         if self._store is None or isinstance(error, LostProcessError):
             return
         own = isinstance(error, LorapError)
+        kinds = [index for index, kind in enumerate(_KINDS) if isinstance(error, kind)]
         failure = {
             "rank": self.rank,
             "interrupted": isinstance(error, KeyboardInterrupt),
             "message": str(error) if own else None,
-            "usage": isinstance(error, UsageError),
+            "kind": kinds[0] if kinds else None,
         }
         # The process that keeps the store may be gone.
         with contextlib.suppress(RuntimeError):
@@ -260,7 +271,7 @@ class Processes:
             return LostProcessError(f"a process of this run died or was stopped{way_on}")
         if failure["message"] is not None:
             # What one process cannot do, the run cannot do.
-            kind = UsageError if failure["usage"] else LorapError
+            kind: type[LorapError] = _KINDS[failure["kind"]]
             return kind(failure["message"])
         what = "was interrupted" if failure["interrupted"] else "failed: see its message"
         return LostProcessError(f"process {failure['rank']} of {self.size} {what}")
