@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorap.ops import importance as ours
+from lorap.ops import precision
 from lorap.ops.precision import compute_dtype
 from lorap_reference import importance as reference
 from parity_tests import compare, tolerances
@@ -91,16 +92,20 @@ def test_taylor_importance(
     layout=own.layouts,
     axis=st.sampled_from((0, 1)),
     aggregation=own.aggregations,
+    widened=st.sampled_from((1, 7, 20, precision.CACHED_ELEMENTS)),
 )
 def test_channel_importance(
     scores: own.Array,
     layout: own.Layout,
     axis: int,
     aggregation: reference.Aggregation,
+    widened: int,
 ) -> None:
     pair = own.pair(np.abs(scores), layout)
     theirs = reference.channel_importance(pair.array, axis, aggregation)
-    mine = ours.channel_importance(pair.tensor, axis, aggregation)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "CACHED_ELEMENTS", widened)
+        mine = ours.channel_importance(pair.tensor, axis, aggregation)
     assert mine.dtype == torch.float64
     assert pair.unchanged()
     if aggregation == "linf":

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorap.ops import precision
 from lorap.ops import statistics as ours
 from lorap_reference import statistics as reference
 from parity_tests import compare, tolerances
@@ -65,8 +66,8 @@ def test_sums_add_up_over_batches(name: str, X: own.Array, data: st.DataObject) 
 def test_sums_do_not_depend_on_the_workspace(name: str, X: own.Array, chunk: int) -> None:
     pair = own.pair(X)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ours, "_CHUNK_ELEMENTS", chunk)
-        patch.setattr(ours, "_CACHED_ELEMENTS", chunk)
+        patch.setattr(precision, "CHUNK_ELEMENTS", chunk)
+        patch.setattr(precision, "CACHED_ELEMENTS", chunk)
         total = getattr(ours, name)(pair.tensor)
     compare.close(
         f"{name} (in chunks)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorap.ops import lowrank
+from lorap.ops.importance import channel_importance
 from lorap.ops.marginal import divergence_sum
 from lorap.ops.mgaa import cosine_sum
 from lorap.ops.precision import all_finite
@@ -56,6 +58,9 @@ def allocations(function: Callable[..., object], *arguments: object) -> list[tup
         (sum_of_magnitudes, 1, "cpu", 2),
         (token_sum, 1, "cpu", 2),
         (sum_of_squares, 1, "meta", 32),
+        (partial(channel_importance, axis=0), 1, "cpu", 2),
+        (partial(channel_importance, axis=1), 1, "cpu", 2),
+        (partial(channel_importance, axis=1), 1, "meta", 32),
     ],
 )
 def test_inputs_are_widened_some_mib_at_a_time(
@@ -74,7 +79,7 @@ def test_inputs_are_widened_some_mib_at_a_time(
 def test_few_features_are_widened_as_many_tokens_at_a_time(
     features: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorap.ops.statistics._CACHED_ELEMENTS", 2)
+    monkeypatch.setattr("lorap.ops.precision.CACHED_ELEMENTS", 2)
     inputs = torch.ones(5, features, dtype=torch.float32)
     widened = [size for name, size in allocations(sum_of_squares, inputs) if name == "_to_copy"]
     assert widened == {0: [0, 0, 0], 1: [2, 2, 1], 3: [3] * 5}[features]
@@ -82,7 +87,7 @@ def test_few_features_are_widened_as_many_tokens_at_a_time(
 
 @pytest.mark.spec("precision.statistics")
 def test_samples_are_widened_by_features_and_not_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorap.ops.statistics._CACHED_ELEMENTS", 6)
+    monkeypatch.setattr("lorap.ops.precision.CACHED_ELEMENTS", 6)
     inputs = torch.ones(2, 6, 3, dtype=torch.float32)
     widened = [size for name, size in allocations(sum_of_squares, inputs) if name == "_to_copy"]
     assert widened == [6] * 6
@@ -93,7 +98,7 @@ def test_samples_are_widened_by_features_and_not_by_tokens(monkeypatch: pytest.M
 def test_two_inputs_are_widened_as_many_tokens_at_a_time_as_the_wider_one_allows(
     features: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorap.ops.statistics._CHUNK_ELEMENTS", 6)
+    monkeypatch.setattr("lorap.ops.precision.CHUNK_ELEMENTS", 6)
     rng = torch.Generator().manual_seed(0)
     inputs, others = (torch.randn(5, d, generator=rng) for d in features)
     made = allocations(cross_moment, inputs, others)

@@ -142,13 +142,15 @@ class CheckpointReader:
         """The type in which most of the model's bytes are stored."""
         return main_dtype((tensor.dtype, tensor.size_bytes) for tensor in self.tensors.values())
 
-    def load(self, prefix: str = "") -> dict[str, Tensor]:
+    def load(self, prefix: str = "", device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Read the tensors whose names start with a prefix.
 
         Parameters
         ----------
         prefix : str
             For instance ``"model.layers.3."``; it is stripped from the names returned.
+        device : torch.device
+            To which they go from the file, with no other copy in between.
 
         Returns
         -------
@@ -163,7 +165,8 @@ class CheckpointReader:
         names = [name for name in self.tensors if name.startswith(prefix)]
         if not names:
             raise KeyError(f"no tensor of {self.source} has a name that starts with {prefix!r}")
-        return {name[len(prefix) :]: tensor for name, tensor in self._copies(names).items()}
+        read = self._copies(names, device)
+        return {name[len(prefix) :]: tensor for name, tensor in read.items()}
 
     def load_others(self, with_head: bool = True) -> dict[str, Tensor]:
         """Read the tensors outside the decoder layers.
@@ -233,11 +236,13 @@ class CheckpointReader:
         """
         return _stream(self.tensors)
 
-    def _copies(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def _copies(
+        self, names: Iterable[str], device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
         """Read tensors, in the order of their names."""
         wanted = {name: self.tensors[name] for name in names}
         # The copies let go of the mapped file, whose pages would stay resident.
-        loaded = {name: tensor.clone() for name, tensor in _stream(wanted)}
+        loaded = {name: tensor.to(device, copy=True) for name, tensor in _stream(wanted)}
         return {name: loaded[name] for name in wanted}
 
 

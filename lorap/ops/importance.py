@@ -6,9 +6,10 @@ the magnitude, and the Taylor expansion of the loss. What puts them together tak
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from lorap.ops.precision import compute_dtype
+from lorap.ops.precision import compute_dtype, rows_at_a_time
 
 Aggregation = Literal["mean", "l1", "l2", "linf"]
 
@@ -33,7 +34,7 @@ def weight_importance(weight: Tensor, norms: Tensor) -> Tensor:
     SPEC: ``importance.weight``.
     """
     dtype = compute_dtype(weight)
-    return weight.to(dtype).abs() * norms.to(dtype)
+    return weight.to(dtype).abs().mul_(norms.to(dtype))
 
 
 def magnitude_importance(weight: Tensor) -> Tensor:
@@ -102,14 +103,21 @@ def channel_importance(scores: Tensor, axis: int, aggregation: Aggregation = "l2
     -----
     SPEC: ``importance.channel``, ``precision.statistics``: sums are taken in float64.
     """
-    if aggregation == "linf":
-        return scores.double().amax(dim=axis)
-    wide = scores.double()
+    parts = []
+    for rows in torch.split(scores, rows_at_a_time(scores, once=True)):
+        wide = rows.double()
+        if aggregation == "linf":
+            parts.append(wide.amax(dim=axis))
+        else:
+            parts.append((wide.square() if aggregation == "l2" else wide).sum(dim=axis))
+    if axis == 1:
+        found = torch.cat(parts)
+    else:
+        stacked = torch.stack(parts)
+        found = stacked.amax(dim=0) if aggregation == "linf" else stacked.sum(dim=0)
     if aggregation == "mean":
-        return wide.mean(dim=axis)
-    if aggregation == "l1":
-        return wide.sum(dim=axis)
-    return wide.square().sum(dim=axis).sqrt()
+        return found / scores.shape[axis]
+    return found.sqrt() if aggregation == "l2" else found
 
 
 def group_scores(up: Tensor, gate: Tensor, down: Tensor, aggregation: Aggregation = "l2") -> Tensor:

@@ -3,6 +3,12 @@
 import torch
 from torch import Tensor
 
+CHUNK_ELEMENTS = 1 << 22
+"""Elements widened to float64 at a time (32 MiB)."""
+
+CACHED_ELEMENTS = 1 << 18
+"""The same where each is read once, on a CPU (2 MiB)."""
+
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where any operand is float64, else float32; fp16 and bf16 are for storage alone.
@@ -31,3 +37,16 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     # NaN is the least and the largest of all that it is among.
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
+def rows_at_a_time(matrix: Tensor, *, once: bool) -> int:
+    """Rows of a matrix to widen to float64 at a time: the workspace does not grow with them.
+
+    Parameters
+    ----------
+    matrix : (..., columns)
+    once : bool
+        Whether each is read once, as by a sum. On a CPU it then is to be in its cache still.
+    """
+    elements = CACHED_ELEMENTS if once and matrix.device.type == "cpu" else CHUNK_ELEMENTS
+    return max(1, elements // max(1, matrix.shape[-1]))

@@ -8,11 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 22
-"""Elements widened to float64 at a time (32 MiB): the workspace does not grow with the tokens."""
-
-_CACHED_ELEMENTS = 1 << 18
-"""The same for a sum over tokens on a CPU (2 MiB): still in its cache when they are added up."""
+from lorap.ops.precision import rows_at_a_time
 
 
 def sum_of_squares(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -36,7 +32,7 @@ def sum_of_squares(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     SPEC: ``stats.sum-of-squares``, ``stats.padding``, ``precision.statistics``.
     """
     total = torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
-    for chunk in _chunks(inputs, mask, _sum_step(inputs)):
+    for chunk in _chunks(inputs, mask, rows_at_a_time(inputs, once=True)):
         total += chunk.square().sum(dim=0)
     return total
 
@@ -79,7 +75,7 @@ def sum_of_magnitudes(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     SPEC: ``stats.magnitudes``, ``stats.padding``, ``precision.statistics``.
     """
     total = torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
-    for chunk in _chunks(inputs, mask, _sum_step(inputs)):
+    for chunk in _chunks(inputs, mask, rows_at_a_time(inputs, once=True)):
         total += chunk.abs().sum(dim=0)
     return total
 
@@ -103,7 +99,7 @@ def token_sum(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     SPEC: ``stats.sum``, ``stats.padding``, ``precision.statistics``.
     """
     total = torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
-    for chunk in _chunks(inputs, mask, _sum_step(inputs)):
+    for chunk in _chunks(inputs, mask, rows_at_a_time(inputs, once=True)):
         total += chunk.sum(dim=0)
     return total
 
@@ -128,7 +124,7 @@ def second_moment(inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     features = inputs.shape[-1]
     total = torch.zeros(features, features, dtype=torch.float64, device=inputs.device)
-    for chunk in _chunks(inputs, mask, _step(inputs, _CHUNK_ELEMENTS)):
+    for chunk in _chunks(inputs, mask, rows_at_a_time(inputs, once=False)):
         total.addmm_(chunk.T, chunk)
     return total
 
@@ -156,7 +152,7 @@ def cross_moment(inputs: Tensor, others: Tensor, mask: Tensor | None = None) -> 
     total = torch.zeros(
         inputs.shape[-1], others.shape[-1], dtype=torch.float64, device=inputs.device
     )
-    step = min(_step(x, _CHUNK_ELEMENTS) for x in (inputs, others))
+    step = min(rows_at_a_time(x, once=False) for x in (inputs, others))
     pairs = zip(_chunks(inputs, mask, step), _chunks(others, mask, step), strict=True)
     for chunk, other in pairs:
         total.addmm_(chunk.T, other)
@@ -207,16 +203,6 @@ def centred_moment(moment: Tensor, total: Tensor, tokens: int) -> Tensor:
     """
     mean = token_mean(total, tokens)
     return moment - tokens * torch.outer(mean, mean)
-
-
-def _step(inputs: Tensor, elements: int) -> int:
-    """Tokens that are widened at a time."""
-    return max(1, elements // max(1, inputs.shape[-1]))
-
-
-def _sum_step(inputs: Tensor) -> int:
-    """Tokens that are widened at a time where each is read once."""
-    return _step(inputs, _CACHED_ELEMENTS if inputs.device.type == "cpu" else _CHUNK_ELEMENTS)
 
 
 def _chunks(inputs: Tensor, mask: Tensor | None, step: int) -> Iterator[Tensor]:

@@ -525,7 +525,7 @@ def decoder_of(
     """
 
     def load_layer(index: int) -> Mapping[str, Tensor]:
-        return reader.load(f"{reader.family.layers_path}.{index}.")
+        return reader.load(f"{reader.family.layers_path}.{index}.", device)
 
     return Decoder(
         reader.family, reader.config, load_layer, reader.load_others, device, dtype or reader.dtype
