@@ -92,6 +92,17 @@ def test_loaded_tensors_do_not_keep_the_file_mapped(tmp_path: Path) -> None:
     assert str(tmp_path / "model.safetensors") not in Path("/proc/self/maps").read_text()
 
 
+def test_a_layer_is_read_to_a_device(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path)
+    reader = open_checkpoint(tmp_path)
+    kept = reader.load("model.layers.0.")
+    # That of no memory stands for a GPU.
+    read = reader.load("model.layers.0.", "meta")
+    assert read.keys() == kept.keys()
+    assert all(tensor.is_meta for tensor in read.values())
+    assert {name: t.shape for name, t in read.items()} == {n: t.shape for n, t in kept.items()}
+
+
 @pytest.mark.parametrize("variant", ["plain", "tied", "biased"])
 def test_what_lies_outside_the_layers_is_read_under_full_names(
     variant: str, tmp_path: Path
