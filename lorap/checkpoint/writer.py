@@ -77,6 +77,8 @@ def check_output(
 ) -> Path:
     """Return the resolved output folder if a checkpoint can be written there.
 
+    One that a run had put aside, to replace it, when it was killed is put back before.
+
     Parameters
     ----------
     output : str or Path
