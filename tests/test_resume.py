@@ -26,7 +26,7 @@ from lorap.checkpoint.journal import FOLDER, SCRATCH
 from lorap.checkpoint.writer import staging_of
 from lorap.errors import ResumableError
 from lorap.pipeline import layers, on_disk
-from tests.tiny_models import save_tiny_checkpoint, token_ids
+from tests.tiny_models import save_tiny_checkpoint, tiny_model, token_ids
 
 CONFIG = CompressionConfig(ratio=0.3, samples=8, seqlen=16, batch_size=4, device="cpu")
 MEASURED = replace(CONFIG, allocation="mgaa", mha="pca", ffn="svd")
@@ -503,6 +503,44 @@ def test_an_older_model_is_not_lost_when_the_new_one_takes_its_place(
     assert report["resumed_layers"] == (len(report["layers"]) if number == 1 else 0)
     assert weights(case.output) == whole(CONFIG)
     assert not list(case.output.parent.glob(".lorap*"))
+
+
+def test_an_older_model_is_put_back_where_its_place_is_empty(case: Case) -> None:
+    case.run()
+    older = weights(case.output)
+    case.output.rename(case.staging.with_suffix(".replaced"))
+    case.output.mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        case.run()
+    assert weights(case.output) == older
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_older_model_stays_aside_where_its_place_is_taken(overwrite: bool, case: Case) -> None:
+    case.run()
+    older, aside = weights(case.output), case.staging.with_suffix(".replaced")
+    case.output.rename(aside)
+    case.output.mkdir()
+    (case.output / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"exists already|is not replaced"):
+        case.run(overwrite=overwrite)
+    assert weights(aside) == older
+    assert (case.output / "notes.txt").read_text() == "mine"
+
+
+def test_a_pickled_model_that_cannot_be_read_any_more_costs_nothing(case: Case) -> None:
+    for shard in case.model.glob("*.safetensors*"):
+        shard.unlink()
+    file = case.model / "pytorch_model.bin"
+    torch.save(tiny_model(num_key_value_heads=2).state_dict(), file)
+
+    def take_away(done: int, _: int) -> None:
+        if done == 1:
+            file.unlink()
+
+    with pytest.raises(ResumableError, match=r"pytorch_model\.bin"):
+        case.run(allow_bin=True, progress=take_away)
+    assert case.staging.exists()
 
 
 @pytest.mark.slow

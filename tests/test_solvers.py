@@ -129,6 +129,10 @@ def test_on_a_gpu_the_svd_is_not_by_jacobi(monkeypatch: pytest.MonkeyPatch) -> N
     on_gpu = SimpleNamespace(is_cuda=True)
     asked = {"full_matrices": False, "driver": "gesvd"}
     assert solvers.thin_svd(on_gpu) == (on_gpu, asked, "vh")
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix, **how: (matrix, how))
+    on_gpu = SimpleNamespace(is_cuda=True, shape=(2, 3), new_empty=lambda *sizes: sizes)
+    expected = ((2, 0), (on_gpu, {"driver": "gesvd"}))
+    assert solvers.leading_directions(on_gpu, 0) == expected
 
 
 @pytest.mark.spec("solver.gram")

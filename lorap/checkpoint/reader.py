@@ -629,7 +629,11 @@ def _stream(tensors: Mapping[str, StoredTensor | _Entry]) -> Iterator[tuple[str,
             for name, key in wanted.items():
                 yield name, _read(file, key)
         else:
-            state = _load_bin(file)
+            try:
+                state = _load_bin(file)
+            except UsageError as error:
+                # It was read before.
+                raise ResumableError(str(error)) from error
             for name, key in wanted.items():
                 yield name, state[key]
 

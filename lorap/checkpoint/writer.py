@@ -143,7 +143,10 @@ def _beside(output: Path, suffix: str) -> Path:
 
 
 def _put_back(output: Path) -> None:
-    """Put a checkpoint back in its place, or away for good, where a run was killed replacing it."""
+    """Put a checkpoint back in its place, or away for good, where a run was killed replacing it.
+
+    Away only where another one of lorap's has that place.
+    """
     replaced = _beside(output, "replaced")
     if not replaced.exists():
         return
@@ -152,9 +155,10 @@ def _put_back(output: Path) -> None:
     if staging.exists() and descriptor is None:
         # Not killed: at it.
         return
-    if output.exists():
+    if output.is_dir() and _is_own(output):
         shutil.rmtree(replaced, ignore_errors=True)
-    else:
+    elif not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        # Renaming a folder replaces an empty one.
         replaced.rename(output)
     if descriptor is not None:
         os.close(descriptor)
@@ -263,8 +267,8 @@ class CheckpointWriter:
 
     Everything is written to a folder beside the output, which :meth:`commit` renames. Leaving the
     context without a commit, by an exception or not, removes that folder. With a `run` it stays if
-    its journal records something, unless the run cannot be done at all (``LorapError``). A
-    checkpoint that is complete, and does not find its place free, stays.
+    its journal records something, unless the run cannot be done at all (``LorapError``); that a
+    complete checkpoint does not find its place free is no such case.
 
     Parameters
     ----------
@@ -317,6 +321,12 @@ class CheckpointWriter:
     def _sibling(self, suffix: str) -> Path:
         # Without the output's name, which may leave no room for more.
         return self.output.parent / f".lorap-{secrets.token_hex(4)}.{suffix}"
+
+    def _aside(self) -> Path:
+        """Return where the checkpoint goes that this one replaces."""
+        # Under a lock, in a place where another run finds it if this one is killed.
+        known = _beside(self.output, "replaced")
+        return self._sibling("replaced") if self._run is None or known.exists() else known
 
     @property
     def folder(self) -> Path:
@@ -572,7 +582,7 @@ class CheckpointWriter:
     def _rename(self) -> None:
         check_output(self.output, overwrite=self._overwrite)
         with _signals_held():
-            replaced = _beside(self.output, "replaced") if self.output.exists() else None
+            replaced = self._aside() if self.output.exists() else None
             if replaced is not None:
                 self.output.rename(replaced)
             try:

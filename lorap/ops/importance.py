@@ -4,6 +4,7 @@ A score of a single weight is Eq. (1), the method's, or one of those that the pa
 the magnitude, and the Taylor expansion of the loss. What puts them together takes any of them.
 """
 
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -103,18 +104,18 @@ def channel_importance(scores: Tensor, axis: int, aggregation: Aggregation = "l2
     -----
     SPEC: ``importance.channel``, ``precision.statistics``: sums are taken in float64.
     """
-    parts = []
-    for rows in torch.split(scores, rows_at_a_time(scores, once=True)):
+
+    def together(rows: Tensor) -> Tensor:
         wide = rows.double()
         if aggregation == "linf":
-            parts.append(wide.amax(dim=axis))
-        else:
-            parts.append((wide.square() if aggregation == "l2" else wide).sum(dim=axis))
+            return wide.amax(dim=axis)
+        return (wide.square() if aggregation == "l2" else wide).sum(dim=axis)
+
+    parts = map(together, torch.split(scores, rows_at_a_time(scores, once=True)))
     if axis == 1:
-        found = torch.cat(parts)
+        found = torch.cat(list(parts))
     else:
-        stacked = torch.stack(parts)
-        found = stacked.amax(dim=0) if aggregation == "linf" else stacked.sum(dim=0)
+        found = reduce(torch.maximum if aggregation == "linf" else torch.add, parts)
     if aggregation == "mean":
         return found / scores.shape[axis]
     return found.sqrt() if aggregation == "l2" else found

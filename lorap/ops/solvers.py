@@ -45,7 +45,8 @@ def leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     SPEC: ``solver.contract``, ``solver.gram``.
     """
     if rank == 0:
-        return matrix.new_empty(matrix.shape[0], 0), torch.linalg.svdvals(matrix)
+        values = torch.linalg.svdvals(matrix, **_accurately(matrix))
+        return matrix.new_empty(matrix.shape[0], 0), values
     found = gram(matrix, rank)
     if found is None:
         u, s, _ = thin_svd(matrix)
@@ -55,9 +56,6 @@ def leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD as ``U``, singular values and ``V^T``; on a GPU by the driver that is accurate there.
-
-    The default of torch on a GPU, cuSOLVER's Jacobi iteration, loses accuracy on matrices that are
-    not well conditioned, which are those that come here; ``gesvd`` does not.
 
     Parameters
     ----------
@@ -73,9 +71,17 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     -----
     SPEC: ``solver.contract``.
     """
-    how = {"driver": "gesvd"} if matrix.is_cuda else {}
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False, **how)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False, **_accurately(matrix))
     return u, s, vh
+
+
+def _accurately(matrix: Tensor) -> dict[str, str]:
+    """Options of an SVD.
+
+    The default of torch on a GPU, cuSOLVER's Jacobi iteration, loses accuracy on matrices that are
+    not well conditioned, which are those that are left to the SVD; ``gesvd`` does not.
+    """
+    return {"driver": "gesvd"} if matrix.is_cuda else {}
 
 
 def gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
