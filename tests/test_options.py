@@ -581,6 +581,6 @@ def test_disk_space_is_checked_where_the_output_goes_before_weights_are_read(
     assert result.exit_code == 2, (result.stderr, result.exception)
     message = " ".join(result.stderr.split())
     assert "of disk space" in message
-    assert f"{full} has 0.00 GiB free" in message
+    assert f"{full} has 0.01 MiB free" in message
     assert set(asked) == {full}
     assert list(full.iterdir()) == []
