@@ -14,6 +14,7 @@ STANDARD = {
     "bisect",
     "collections",
     "dataclasses",
+    "functools",
     "heapq",
     "itertools",
     "math",
