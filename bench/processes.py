@@ -127,7 +127,10 @@ def measure(
         timed(LayerTensors, "_compressed", piece, computing),
         redirect_stdout(io.StringIO()),
     ):
-        cli.app(words, standalone_mode=False)
+        status = cli.app(words, standalone_mode=False)
+    if status:
+        # The command has said what is wrong.
+        sys.exit(status)
     return parts, pieces
 
 

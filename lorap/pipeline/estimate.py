@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lorap.config import CompressionConfig
+from lorap.ops.precision import CHUNK_ELEMENTS
 from lorap.pipeline.activations import Place, choose_place
 from lorap.pipeline.forward import PROBES, TOKENS_PER_BATCH, probe_streams
 from lorap.pipeline.stages import STAGES
@@ -31,9 +32,6 @@ measured for a CPU with torch 2.13 and transformers 5.23, assumed for a GPU."""
 
 CUBLAS = 32 * 2**20
 """What torch sets aside for cuBLAS on a GPU."""
-
-CHUNK = 1 << 22
-"""Elements that the statistics widen to float64 at a time, at most: fewer for sums on a CPU."""
 
 LARGE_BLOCK = 32 * 2**20
 """Blocks from this size on go back to the system when they are freed, whatever glibc's threshold
@@ -166,7 +164,7 @@ def forward_workspace(
     scores = tokens * (tokens // samples) * sizes["heads"] * (itemsize + 4) if eager else 0
     return 4 * hidden * itemsize + max(
         3 * width * itemsize,
-        width * itemsize + 2 * 8 * min(width, CHUNK),
+        width * itemsize + 2 * 8 * min(width, CHUNK_ELEMENTS),
         6 * queries * itemsize + scores,
         3 * hidden * 4,
     )

@@ -223,13 +223,12 @@ class Processes:
         """Let the others know why this process ends."""
         if self._store is None or isinstance(error, LostProcessError):
             return
-        own = isinstance(error, LorapError)
-        kinds = [index for index, kind in enumerate(_KINDS) if isinstance(error, kind)]
+        kind = next((i for i, kind in enumerate(_KINDS) if isinstance(error, kind)), None)
         failure = {
             "rank": self.rank,
             "interrupted": isinstance(error, KeyboardInterrupt),
-            "message": str(error) if own else None,
-            "kind": kinds[0] if kinds else None,
+            "message": None if kind is None else str(error),
+            "kind": kind,
         }
         # The process that keeps the store may be gone.
         with contextlib.suppress(RuntimeError):
