@@ -27,6 +27,7 @@ from lorap import LorapError, cli
 from lorap.audit import audit
 from lorap.checkpoint import files
 from lorap.checkpoint.writer import CheckpointWriter, staging_of
+from lorap.errors import ResumableError
 from lorap.pipeline import activations, layers, on_disk, processes
 from lorap.pipeline.processes import Processes, join, shared_out
 from lorap.pipeline.statistics import Statistic, sum_over_
@@ -260,6 +261,13 @@ def fail() -> None:
     at_layer(1, act)
 
 
+def lose_a_file() -> None:
+    def act() -> None:
+        raise ResumableError("shard 3 can no longer be read")
+
+    at_layer(1, act)
+
+
 def run_out_of_memory() -> None:
     def act() -> None:
         raise MemoryError
@@ -409,6 +417,17 @@ def test_what_one_process_cannot_do_is_said_once(wrong: int, case: Case) -> None
     assert "".join(ended.said) == "lorap: layers.1: NaN of this process's samples\n"
     # As with one process, there is nothing to go on with.
     assert not case.staging.exists()
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_what_a_process_cannot_read_any_more_costs_nothing(wrong: int, case: Case) -> None:
+    ended = together(2, case.words(), case.folder, {wrong: lose_a_file})
+    assert ended.statuses == [1, 1]
+    assert ended.said[0].startswith(
+        "lorap: shard 3 can no longer be read; what was finished is kept"
+    )
+    assert ended.said[1] == "lorap: shard 3 can no longer be read\n"
+    assert case.staging.exists()
 
 
 def test_a_process_that_runs_out_of_memory_leaves_what_was_finished(case: Case) -> None:
